@@ -1,0 +1,59 @@
+"""The `megaspark` command: one verb a line, each handing over to a module."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from importlib import import_module
+
+from megaspark import __version__
+from megaspark.errors import UserError
+from megaspark.ranks import Ranks, end_with_parent
+from megaspark.settings import nearest
+
+VERBS = {
+    "demo-corpus": ("megaspark.tools.demo_corpus", "write a corpus from text that every Python machine has"),
+    "train-tokenizer": ("megaspark.tools.train_tokenizer", "train a SentencePiece BPE tokenizer"),
+    "prep": ("megaspark.data_prep.run", "tokenize a corpus into memory-mapped shards"),
+    "shards": ("megaspark.tools.shards", "show, verify or decode shards"),
+    "pretrain": ("megaspark.train", "train a model; under `deepspeed megaspark/pretrain.py`: on many processes"),
+    "to-hf": ("megaspark.tools.to_hf", "convert a checkpoint to a Hugging Face folder, proven equal"),
+    "generate": ("megaspark.tools.generate", "greedy text from a Hugging Face folder"),
+    "plot": ("megaspark.tools.plot", "draw the loss curves of runs"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one verb; returns 0, 2 for a mistake of the user's (one line on stderr), 1 for anything else."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    ranks = Ranks.from_environment()
+    if ranks.world > 1:
+        end_with_parent()
+    try:
+        return _run(argv)
+    except UserError as error:
+        if ranks.first:
+            print(f"megaspark: {error}", file=sys.stderr, flush=True)
+        elif ranks.world > 1:
+            time.sleep(3)  # a launcher ends all processes with the first that fails: let the first rank speak
+        return 2
+    except KeyboardInterrupt:
+        print("megaspark: interrupted", file=sys.stderr, flush=True)
+        return 130
+    except BrokenPipeError:
+        return 1
+
+
+def _run(argv: list[str]) -> int:
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        width = max(map(len, VERBS))
+        print(f"megaspark {__version__}: text in, a trained Llama out\n\nusage: megaspark VERB ... (megaspark VERB --help)\n")
+        print("\n".join(f"  {verb:{width}}  {about}" for verb, (_, about) in VERBS.items()))
+        return 0
+    if argv[0] == "--version":
+        print(__version__)
+        return 0
+    if argv[0] not in VERBS:
+        raise UserError(f"{argv[0]!r} is no verb of megaspark{nearest(argv[0], [*VERBS])}")
+    return import_module(VERBS[argv[0]][0]).main(argv[1:])

@@ -1,0 +1,253 @@
+"""A run's settings, the numbers that follow from them, and every legality check, before anything starts or is written."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, Literal, TypeVar
+
+from pydantic import Field, field_validator, model_validator
+
+from megaspark import settings, shards
+from megaspark.deepspeed_files import DeepSpeedFile, read_deepspeed_file
+from megaspark.errors import UserError
+from megaspark.flops import parameters
+from megaspark.models import architecture
+from megaspark.settings import Section, Tree, nearest
+
+CHECKPOINT_BYTES_PER_PARAMETER = 12  # fp32 master and two fp32 moments
+VOCAB_PADDING = 1024  # a model's vocabulary may be rounded up past its tokenizer's by less than this
+
+
+class Data(Section):
+    """What is trained on: token datasets made by `megaspark prep`."""
+
+    train: str
+    validation: str | None = None
+    seq: int = Field(gt=0, description="tokens of one sample")
+    document_mask: bool = Field(True, description="attention stays inside each document and positions restart there")
+    blend: dict[str, float] | None = Field(None, description="share of the samples by dataset; default: by tokens")
+    tokenizer: str | None = Field(None, description="a tokenizer file that the data must have been made with")
+
+    @field_validator("blend")
+    @classmethod
+    def _positive(cls, blend: dict[str, float] | None) -> dict[str, float] | None:
+        if blend is not None and (not blend or min(blend.values()) <= 0):
+            raise ValueError("every weight of a blend must be above 0; leave a dataset out to skip it")
+        return blend
+
+
+class Optim(Section):
+    """AdamW with a cosine schedule."""
+
+    lr: float = Field(gt=0)
+    min_lr: float = Field(0.0, ge=0)
+    warmup_steps: int = Field(0, ge=0)
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+    clip: float = Field(1.0, ge=0, description="largest norm of the gradient; 0 = no clipping")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Optim:
+        if self.min_lr > self.lr:
+            raise ValueError(f"optim.min_lr = {self.min_lr} is above optim.lr = {self.lr}")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"optim.betas = {list(self.betas)}: each must lie in [0, 1)")
+        return self
+
+
+class Parallel(Section):
+    """How many processes share one copy of the model, by kind; the others are data-parallel."""
+
+    pipeline: int = Field(1, gt=0)
+    tensor: int = Field(1, gt=0)
+    sequence: int = Field(1, gt=0)
+
+
+class Run(Section):
+    """How long, how much at a time, and where it is kept."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    dir: str = "runs"
+    steps: int = Field(gt=0)
+    global_batch: int = Field(gt=0, description="samples a step, over all processes")
+    micro_batch: int = Field(gt=0, description="samples that one process works on at a time")
+    seed: int = Field(1234, ge=0)
+    precision: Literal["bf16", "fp32"] = "bf16"
+    save_every: int = Field(1000, ge=0, description="steps between checkpoints; 0 = only the last")
+    keep_last: int = Field(2, ge=0, description="checkpoints kept; 0 = all")
+    eval_every: int = Field(1000, ge=0, description="steps between evaluations; 0 = never")
+    eval_batches: int = Field(4, gt=0, description="global batches of validation samples in one evaluation")
+    resume: Literal["auto", "required", "never"] = "auto"
+    stop_after: int | None = Field(None, gt=0, description="end early at this step, with a checkpoint")
+
+
+ModelT = TypeVar("ModelT", bound=Section)
+
+
+class RunConfig(Section, Generic[ModelT]):
+    """One YAML file: everything that a run is."""
+
+    model: ModelT
+    data: Data
+    optim: Optim
+    parallel: Parallel = Parallel()
+    run: Run
+    deepspeed: str = "zero1.json"
+
+    @property
+    def folder(self) -> Path:
+        """Where the run keeps what it makes."""
+        return Path(self.run.dir) / self.run.name
+
+    def resolved(self) -> dict[str, Any]:
+        """Every setting, defaults included, as plain data."""
+        return self.model_dump(mode="json")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What follows from a config and a number of processes."""
+
+    world: int
+    data_parallel: int
+    accumulation: int
+    deepspeed: dict[str, Any]
+    stage: int
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A run whose every setting was found legal: the config, its layout, and what its data is."""
+
+    config: RunConfig[Any]
+    layout: Layout
+    train: dict[str, shards.TokenDataset]
+    validation: dict[str, shards.TokenDataset]
+
+
+def load_config(path: str | Path, overrides: Sequence[str]) -> tuple[RunConfig[Any], Tree]:
+    """Reads a run's YAML and its overrides; raises UserError for the first thing that is not right in them.
+
+    Returns the config and the places where its values were said. `model.size` fills what the model section leaves unsaid.
+    """
+    tree = settings.read(path, overrides)
+    said = tree.values.get("model", {})
+    if not isinstance(said, dict):
+        raise UserError(f"model = {said!r} ({tree.place('model')}) should be a section, such as model: {{arch: llama, size: 3b}}")
+    module = architecture(str(said.get("arch", "llama")))
+    size = said.get("size")
+    if size is not None:
+        if size not in module.SIZES:
+            raise UserError(f"model.size = {size!r} ({tree.place('model.size')}) is no preset{nearest(str(size), [*module.SIZES])}")
+        for key, value in module.SIZES[size].items():
+            if key not in said:
+                tree.set(f"model.{key}", value, f"model.size={size}")
+    return settings.check(tree, RunConfig[module.Config]), tree
+
+
+def check_run(config: RunConfig[Any], tree: Tree, world: int) -> Checked:
+    """Holds a config against the number of processes, the DeepSpeed file, the data and the disk; writes nothing.
+
+    Raises UserError for the first conflict, naming both sides and the nearest legal choice.
+    """
+    place = tree.place("deepspeed").rpartition(":")[0]
+    file = read_deepspeed_file(config.deepspeed, Path(place).parent if Path(place).is_file() else None)
+    layout = _layout(config, file, world)
+    train = open_datasets(config.data.train)
+    validation = open_datasets(config.data.validation) if config.data.validation else {}
+    if config.run.eval_every and not validation and tree.place("run.eval_every") != "default":
+        raise UserError(f"run.eval_every = {config.run.eval_every} needs data.validation; set it, or run.eval_every=0")
+    _check_data(config, {**train, **{f"validation/{name}": d for name, d in validation.items()}})
+    _check_blend(config, train)
+    _check_disk(config)
+    return Checked(config, layout, train, validation)
+
+
+def open_datasets(path: str) -> dict[str, shards.TokenDataset]:
+    """The datasets under a folder by name; raises UserError naming the prep command where there are none."""
+    return {name: shards.TokenDataset(folder) for name, folder in shards.datasets_in(path).items()}
+
+
+def _layout(config: RunConfig[Any], file: DeepSpeedFile, world: int) -> Layout:
+    parallel, run = config.parallel, config.run
+    if parallel.pipeline > 1 and file.stage > 1:
+        raise UserError(
+            f"parallel.pipeline = {parallel.pipeline} cannot go with ZeRO stage {file.stage} ({file.path}): "
+            "a pipeline needs its gradients whole; set deepspeed=zero1.json"
+        )
+    for kind, size in parallel:
+        if size > 1:
+            raise UserError(f"parallel.{kind} = {size}: only 1 is built yet; zero3.json shares one model among processes")
+    data_parallel = world
+    per_pass = run.micro_batch * data_parallel
+    if run.global_batch % per_pass:
+        legal = [w for w in range(world, 0, -1) if run.global_batch % (run.micro_batch * w) == 0]
+        up = -(-run.global_batch // per_pass) * per_pass
+        other = f" or {legal[0]} processes" if legal else ""
+        raise UserError(
+            f"run.global_batch = {run.global_batch} does not divide into run.micro_batch = {run.micro_batch} x "
+            f"{data_parallel} processes; nearest: run.global_batch={up}{other}"
+        )
+    accumulation = run.global_batch // per_pass
+    owned = {
+        "train_batch_size": run.global_batch,
+        "train_micro_batch_size_per_gpu": run.micro_batch,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": config.optim.clip,
+        "bf16.enabled": run.precision == "bf16",
+    }
+    return Layout(world, data_parallel, accumulation, file.resolved(owned), file.stage)
+
+
+def _check_data(config: RunConfig[Any], datasets: dict[str, shards.TokenDataset]) -> None:
+    first_name, first = next(iter(datasets.items()))
+    model = config.model
+    for name, dataset in datasets.items():
+        manifest = dataset.manifest
+        if manifest.tokenizer_sha256 != first.manifest.tokenizer_sha256:
+            raise UserError(
+                f"datasets {first_name} and {name} were made with different tokenizers "
+                f"({first.manifest.tokenizer} and {manifest.tokenizer}); prepare one of them again"
+            )
+        if dataset.tokens <= config.data.seq:
+            raise UserError(f"{dataset.folder} holds {dataset.tokens} tokens, too few for one sample of data.seq = {config.data.seq}")
+    vocab = first.manifest.vocab
+    if not vocab <= model.vocab < vocab + VOCAB_PADDING:
+        raise UserError(
+            f"model.vocab = {model.vocab}, but the tokenizer of {first.folder} ({first.manifest.tokenizer}) has {vocab} entries; "
+            f"set model.vocab={vocab}"
+        )
+    if config.data.tokenizer:
+        path = Path(config.data.tokenizer)
+        if not path.is_file():
+            raise UserError(f"data.tokenizer = {path}: no such file")
+        if shards.sha256_of(path) != first.manifest.tokenizer_sha256:
+            raise UserError(
+                f"data.tokenizer = {path} is not the tokenizer that {first.folder} was made with "
+                f"({first.manifest.tokenizer}, sha256 {first.manifest.tokenizer_sha256[:12]}...); prepare the data again with it"
+            )
+
+
+def _check_blend(config: RunConfig[Any], train: dict[str, shards.TokenDataset]) -> None:
+    for name in config.data.blend or {}:
+        if name not in train:
+            raise UserError(f"data.blend names {name}, which is no dataset of {config.data.train}{nearest(name, [*train])}")
+
+
+def _check_disk(config: RunConfig[Any]) -> None:
+    folder = config.folder
+    while not folder.exists():
+        folder = folder.parent
+    if not folder.is_dir():
+        raise UserError(f"run.dir: {folder} is a file, not a folder")
+    count = parameters(config.model.shape, tied=config.model.tie_embeddings)
+    need, free = count * CHECKPOINT_BYTES_PER_PARAMETER, shutil.disk_usage(folder).free
+    if need > free:
+        raise UserError(
+            f"no space for a checkpoint in {config.folder}: {count:,} parameters take {need / 1e9:,.1f} GB, "
+            f"{free / 1e9:,.1f} GB are free; set run.dir to a larger disk"
+        )

@@ -1,0 +1,140 @@
+"""A checked run becomes a DeepSpeed engine behind one face: step(batches) -> loss, evaluate(batches) -> loss.
+
+Weights start from (seed, name) in every layout; the fp32 master starts from what the model computes with, so a bf16 run
+starts from the same bf16 bits under every ZeRO stage.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from megaspark import fragments
+from megaspark.batches import Batch
+from megaspark.config import Checked
+from megaspark.models import architecture
+from megaspark.optim import adamw
+from megaspark.ranks import Ranks, threads_per_process
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step tells: the mean loss over all its tokens and the gradient's norm before clipping."""
+
+    loss: float
+    grad_norm: float
+
+
+class Engine:
+    """The model, its optimizer and its gradients, spread over all processes as the run's layout says."""
+
+    def __init__(self, checked: Checked, ranks: Ranks) -> None:
+        config = checked.config
+        self.documents = config.data.document_mask
+        self.device = _start(ranks)
+        # Without ZeRO and in fp32 there is no wrapper around the optimizer, and nobody else keeps the gradient's norm.
+        self.plain = checked.layout.stage == 0 and config.run.precision == "fp32"
+        import deepspeed  # after the accelerator was settled; takes seconds
+
+        dtype = torch.bfloat16 if config.run.precision == "bf16" else torch.float32
+        model = build_model(config.model, config.run.seed).to(self.device, dtype)
+        optim = config.optim
+        optimizer = adamw(model, optim.lr, optim.betas, optim.eps, optim.weight_decay)
+        settings = {"steps_per_print": 1 << 40, **checked.layout.deepspeed}
+        warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # DeepSpeed's calls, not ours
+        self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, dist_init_required=False)
+        fragments.discard_build_step(self.deepspeed)
+        fragments.prepare(self.deepspeed)
+
+    def step(self, batches: Iterable[Batch], lr: float) -> StepResult:
+        """One optimizer step at rate `lr` over this process's micro-batches (their number is the accumulation)."""
+        for group in self.deepspeed.optimizer.param_groups:
+            group["lr"] = lr
+        self.deepspeed.train()
+        losses, norm = [], None
+        for batch in batches:
+            loss = self._loss(batch)
+            self.deepspeed.backward(loss)
+            if self.plain and self.deepspeed.is_gradient_accumulation_boundary():
+                norm = torch.nn.utils.get_total_norm([p.grad for p in self.deepspeed.module.parameters() if p.grad is not None])
+            self.deepspeed.step()
+            losses.append(loss.detach())
+        return StepResult(self._mean(losses), float(self.deepspeed.get_global_grad_norm() if norm is None else norm))
+
+    @torch.no_grad()
+    def evaluate(self, batches: Iterable[Batch]) -> float:
+        """The mean loss over everybody's micro-batches; every process must bring equally many."""
+        self.deepspeed.eval()
+        return self._mean([self._loss(batch) for batch in batches])
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every process's `value`, on every process, in order of rank."""
+        out: list[Any] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(out, value)
+        return out
+
+    def close(self) -> None:
+        """Leaves the process group; the engine is of no more use."""
+        self.deepspeed.destroy()
+        torch.distributed.destroy_process_group()
+
+    def _loss(self, batch: Batch) -> torch.Tensor:
+        tensors = [None if t is None else t.to(self.device, non_blocking=True) for t in batch]
+        return self.deepspeed(tensors[0], tensors[2], tensors[1])
+
+    def _mean(self, losses: list[torch.Tensor]) -> float:
+        # Equal numbers of tokens everywhere: the mean of means is the mean. Summed in fp64, so the order hardly matters.
+        total = torch.stack([loss.double() for loss in losses]).mean()
+        torch.distributed.all_reduce(total)
+        return total.item() / torch.distributed.get_world_size()
+
+
+def build_model(config: Any, seed: int) -> nn.Module:
+    """The architecture's model in fp32 on the CPU, every weight filled from (seed, its name)."""
+    model = architecture(config.arch).Model(config)
+    model.initialize_(seed)
+    return model
+
+
+def parameter_shapes(config: Any) -> dict[str, tuple[int, ...]]:
+    """Every parameter's shape by name, without making any of them."""
+    with torch.device("meta"):
+        model = architecture(config.arch).Model(config)
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+
+
+def settle_accelerator() -> None:
+    """Tells DeepSpeed, before its first import, to compute on the CPU where there is no CUDA device."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
+def _start(ranks: Ranks) -> torch.device:
+    """Joins the process group (NCCL on CUDA, gloo on CPU) and returns this process's device."""
+    if torch.cuda.is_available():
+        device = torch.device("cuda", ranks.local_rank)
+        torch.cuda.set_device(device)
+    else:
+        device = torch.device("cpu")
+        torch.set_num_threads(threads_per_process(ranks))
+    if "MASTER_ADDR" not in os.environ:  # started without a launcher
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()), RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
+    import deepspeed.ops
+
+    # Its first use would compile C++ for minutes, and a build killed half-way leaves a lock that hangs every later run.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo", verbose=False)
+    return device
+
+
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]

@@ -1,0 +1,355 @@
+"""Writes the tokenizer of a Hugging Face folder so that `AutoTokenizer` gives SentencePiece's own ids, for every string.
+
+transformers' own conversions of a SentencePiece model differ from it on spaces, on literal special tokens and on tied scores.
+Here the `tokenizers` BPE is built by hand, under three facts:
+
+- SentencePiece merges the adjacent pair of the highest score, the leftmost among equals. A piece that comes out of a text
+  went through the same merges as when it is encoded alone, for nothing crossed its borders: so each piece has exactly one last
+  merge, found by encoding it alone, and pieces that never come out need none. Ranked by score, `tokenizers` does the same.
+- A normalized text holds no ASCII space, for SentencePiece writes U+2581: nothing else needs escaping.
+- A user-defined symbol is cut out of the normalized text, leftmost and longest first, and merges with nothing.
+
+Special tokens are declared, but in a text they are text (`split_special_tokens`), as in data preparation.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import struct
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import sentencepiece
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+
+from megaspark.errors import UserError
+from megaspark.manifests import write_atomically
+
+SPACE = "\u2581"
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # SentencePiece.Type of sentencepiece_model.proto
+BPE = 2  # TrainerSpec.ModelType
+LONGEST = 1 << 30
+ROLES = ("unk", "bos", "eos", "pad")
+ODD_WORDS = """<s> </s> <unk> <pad> <0x0A> <0xFF> <|endoftext|> [INST] the The ing tion er re in def f(x): return self. http://
+3.14159 2024 don't Grüße été Привет мир שלום مرحبا नमस्ते สวัสดี こんにちは 東京 中文 한국어 Ελλάδα Việt"""
+# Names by which a tokenizer.json without a tokenizer_config.json beside it is understood.
+USUAL_NAMES = {
+    "unk": ("<unk>", "<|unk|>"),
+    "bos": ("<s>", "<bos>", "<|begin_of_text|>", "<|endoftext|>"),
+    "eos": ("</s>", "<eos>", "<|end_of_text|>", "<|endoftext|>", "<|im_end|>"),
+    "pad": ("<pad>", "<|pad|>", "<fim_pad>"),
+}
+
+
+@dataclass(frozen=True)
+class SentencePieceModel:
+    """What a `.model` file says: its pieces as (text, score, type), in the order of their ids, and how text is normalized."""
+
+    pieces: list[tuple[str, float, int]]
+    byte_fallback: bool
+    dummy_prefix: bool
+    remove_extra_whitespaces: bool
+    charsmap: bytes
+    special_ids: dict[str, int]
+
+    def of_type(self, kind: int) -> list[str]:
+        """The texts of the pieces of one type, by id."""
+        return [text for text, _, own in self.pieces if own == kind]
+
+
+def write_tokenizer(source: Path, out: Path, *, max_length: int, add_bos: bool = False) -> None:
+    """Writes tokenizer.json, tokenizer_config.json and, of a SentencePiece model, tokenizer.model into the folder `out`.
+
+    `source` is a SentencePiece BPE `.model` or an HF `tokenizer.json`; `max_length` is the model's context, in tokens.
+    `AutoTokenizer.from_pretrained(out)` then gives the ids of `source`, with special tokens in a text taken as text. A
+    `.model` puts no BOS before a text, a tokenizer.json what its template says, unless `add_bos` asks for it.
+    Raises UserError, before anything is written, for a model that `tokenizers` cannot express. Not every string comes out
+    equal under a charsmap (nmt_nfkc): `tokenizers` applies it to grapheme clusters, so that a rewritten letter under a
+    combining mark can differ. `check_tokenizer` tells.
+    """
+    if not source.is_file():
+        raise UserError(f"no such tokenizer: {source}")
+    if source.suffix == ".json":
+        names = _json_special_tokens(source)
+        tokenizer = Tokenizer.from_file(str(source))
+    else:
+        model = read_model(source)
+        tokenizer = build(model, source)
+        names = {role: model.pieces[i][0] for role, i in model.special_ids.items()}
+        tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in names.values()])
+    if add_bos:
+        if "bos" not in names:
+            raise UserError(f"{source} has no BOS token to begin a text with")
+        begin = processors.TemplateProcessing(
+            single=f"{names['bos']} $A", special_tokens=[(names["bos"], tokenizer.token_to_id(names["bos"]))]
+        )
+        tokenizer.post_processor = processors.Sequence([p for p in (tokenizer.post_processor, begin) if p])
+    copied = source.suffix == ".json" and not add_bos
+    text = source.read_text(encoding="utf-8") if copied else tokenizer.to_str(pretty=True) + "\n"
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": max_length,
+        **{f"{role}_token": name for role, name in names.items()},
+        "add_bos_token": add_bos,
+        "add_eos_token": False,
+        "split_special_tokens": True,  # "</s>" in a text is text
+        "clean_up_tokenization_spaces": False,
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    write_atomically(out / "tokenizer.json", text.encode())
+    write_atomically(out / "tokenizer_config.json", (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode())
+    if source.suffix != ".json":
+        write_atomically(out / "tokenizer.model", source.read_bytes())  # converters to GGUF want it
+
+
+def check_tokenizer(source: Path, out: Path, texts: Iterable[str]) -> list[str]:
+    """The texts that `AutoTokenizer.from_pretrained(out)` encodes or decodes differently from `source`: none, if exact."""
+    from transformers import AutoTokenizer
+
+    texts = list(texts)
+    ours = AutoTokenizer.from_pretrained(out)
+    if source.suffix == ".json":
+        reference = Tokenizer.from_file(str(source))
+        reference.encode_special_tokens = True
+        reference.no_truncation()
+        reference.no_padding()
+        expected = [e.ids for e in reference.encode_batch(texts, add_special_tokens=False)]
+        decoded = reference.decode_batch(expected, skip_special_tokens=False)
+    else:
+        processor = sentencepiece.SentencePieceProcessor(model_file=str(source))
+        expected = processor.encode(texts)
+        unk = processor.unk_id()  # SentencePiece prints it as " ⁇ ", tokenizers as the piece
+        decoded = [None if unk in ids else processor.decode(ids) for ids in expected]
+    got = [ours.encode(text, add_special_tokens=False, verbose=False) for text in texts]  # no warning of long ones
+    return [
+        text
+        for text, ids, want, plain in zip(texts, got, expected, decoded, strict=True)
+        if ids != want or (plain is not None and ours.decode(ids) != plain)
+    ]
+
+
+def adversarial_texts(n: int = 5000, seed: int = 0) -> list[str]:
+    """`n` strings, the same for a seed, of what tokenizers get wrong: spaces, runs, special tokens, scripts, controls."""
+    rng = random.Random(seed)
+    spaces = [" ", "  ", "    ", "\n", "\n\n", "\t", "\r\n", SPACE, SPACE * 2, "\xa0", "\u3000", "\u200b", "\u2028"]
+    odd = ["\0", "\x1b", "\x7f", "\u200d", "\ufe0f", "\ufeff", "\ufffd", "\U0010ffff", "e\u0301", "👩\u200d💻", "𝔘"]
+    atoms = [*spaces, *odd, *ODD_WORDS.split(), *map(chr, range(33, 127))]
+    planes = ((0, 0x80), (0x80, 0x250), (0x370, 0x700), (0x900, 0xE00), (0x2000, 0x2C00), (0x3000, 0xD7A4), (0xE000, 0x20000))
+    texts = ["", " " + SPACE, "</s> <s> <0x0A>", *atoms]
+    texts += [c * length for c in ' a-=\n\t0."\u2581\0é東😀' for length in (*range(2, 40), 64, 100, 1000)]
+    while len(texts) < n:
+        parts = rng.choices(atoms, k=rng.randint(1, 12))
+        kind = rng.random()
+        if kind < 0.25:
+            parts = [chr(rng.randrange(*rng.choice(planes))) for _ in parts]
+        elif kind < 0.5:
+            parts = [part * rng.randint(1, 20) for part in parts]
+        elif kind < 0.6:
+            parts = rng.choices(parts[:2], k=30)  # two parts in all orders, which ties and overlaps need
+        texts.append("".join(parts))
+    return texts[:n]
+
+
+def _json_special_tokens(source: Path) -> dict[str, str]:
+    """The special tokens by role of a tokenizer.json: by the tokenizer_config.json beside it, or their usual names."""
+    try:
+        added_tokens = json.loads(Tokenizer.from_file(str(source)).to_str())["added_tokens"]
+    except Exception as error:  # tokenizers raises bare Exception
+        raise UserError(f"{source}: not a tokenizer.json ({error})") from None
+    beside = source.with_name("tokenizer_config.json")
+    if beside.is_file():
+        config = json.loads(beside.read_text(encoding="utf-8"))
+        said = {role: config.get(f"{role}_token") for role in ROLES}
+        return {role: name["content"] if isinstance(name, dict) else name for role, name in said.items() if name}
+    special = {token["content"] for token in added_tokens if token["special"]}
+    found = {role: next((name for name in names if name in special), None) for role, names in USUAL_NAMES.items()}
+    return {role: name for role, name in found.items() if name}
+
+
+# --- SentencePiece -> tokenizers
+
+
+def build(model: SentencePieceModel, source: Path) -> Tokenizer:
+    """The `tokenizers` pipeline that equals `model`, without its special tokens; `source` is named in errors."""
+    vocab = {text: i for i, (text, _, _) in enumerate(model.pieces)}
+    options: dict[str, Any] = {
+        "vocab": vocab,
+        "merges": find_merges(model),
+        "unk_token": model.pieces[model.special_ids["unk"]][0],
+        "fuse_unk": True,  # SentencePiece gives one unk for a run of unknown characters
+        "byte_fallback": model.byte_fallback,
+    }
+    symbols = sorted(model.of_type(USER_DEFINED), key=len, reverse=True)
+    tokenizer = Tokenizer(models.BPE(**options, ignore_merges=bool(symbols)))
+    tokenizer.normalizer = _normalizer(model)
+    if symbols:
+        tokenizer.pre_tokenizer = _symbol_splitter(model, symbols, models.BPE(**options), source)
+    tokenizer.decoder = _decoder(model)
+    return tokenizer
+
+
+def find_merges(model: SentencePieceModel) -> list[tuple[str, str]]:
+    """The one last merge of every piece that can come out, highest score first; among equals the longest first.
+
+    Longest first makes a run of one character grow from its left end, as SentencePiece's leftmost-first rule does: Llama's
+    runs of spaces all have score -1e9.
+    """
+    scores = {text: score for text, score, kind in model.pieces if kind == NORMAL}
+    found = []
+    for text, score in scores.items():
+        last = _last_merge(text, scores)
+        if last:
+            found.append((-score, -len(text), last))
+    return [merge for _, _, merge in sorted(found, key=lambda item: item[:2])]
+
+
+def _last_merge(text: str, scores: dict[str, float]) -> tuple[str, str] | None:
+    """Encodes one piece alone as SentencePiece does; the pair that made it whole, or None if it does not become whole."""
+    symbols, last = list(text), None
+    while len(symbols) > 1:
+        pairs = [(scores[a + b], -i) for i, (a, b) in enumerate(pairwise(symbols)) if a + b in scores]
+        if not pairs:
+            return None
+        i = -max(pairs)[1]
+        last = (symbols[i], symbols[i + 1])
+        symbols[i : i + 2] = ["".join(last)]
+    return last
+
+
+def _normalizer(model: SentencePieceModel) -> normalizers.Normalizer:
+    """SentencePiece's normalization; its dummy prefix goes to every text but the empty one."""
+    steps: list[normalizers.Normalizer] = []
+    if model.dummy_prefix and not model.remove_extra_whitespaces:
+        steps.append(normalizers.Prepend(SPACE))  # before the charsmap: a text of which it leaves nothing has the prefix too
+    if model.charsmap:
+        charsmap = normalizers.Precompiled(model.charsmap)
+        if charsmap.normalize_str("\r") == charsmap.normalize_str("\n"):
+            steps.append(normalizers.Replace("\r\n", "\n\n"))  # Precompiled takes "\r\n" for one character
+        steps.append(charsmap)
+    if model.remove_extra_whitespaces:
+        steps += [normalizers.Replace(Regex(r"\A +"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
+        if model.dummy_prefix:
+            steps.append(normalizers.Prepend(SPACE))
+    steps.append(normalizers.Replace(" ", SPACE))
+    if model.remove_extra_whitespaces:
+        steps.append(normalizers.Replace(Regex(f"{SPACE}+\\z"), ""))
+    return normalizers.Sequence(steps)
+
+
+def _decoder(model: SentencePieceModel) -> decoders.Decoder:
+    steps: list[decoders.Decoder] = [decoders.Replace(SPACE, " ")]
+    if model.byte_fallback:
+        steps.append(decoders.ByteFallback())
+    steps.append(decoders.Fuse())
+    if model.dummy_prefix or model.remove_extra_whitespaces:
+        steps.append(decoders.Strip(" ", LONGEST if model.remove_extra_whitespaces else 1, 0))
+    return decoders.Sequence(steps)
+
+
+def _symbol_splitter(
+    model: SentencePieceModel, symbols: list[str], bpe: models.BPE, source: Path
+) -> pre_tokenizers.PreTokenizer:
+    """Cuts user-defined symbols out of the text, for a BPE with `ignore_merges`, which takes a whole section that is a piece.
+
+    (An added token would not do: the dummy prefix before a symbol that opens the text would be lost.) A section between
+    symbols may happen to be a piece that merging does not reach, such as a literal "<s>": those are cut in two, at a border
+    of their own encoding.
+    """
+    borders = {}  # of each such piece: the places in it where its own encoding has a border
+    for text, _, kind in model.pieces:
+        tokens = bpe.tokenize(text) if kind != USER_DEFINED else []
+        if tokens and [token.value for token in tokens] != [text] and len(text) > 1:
+            ends = {token.offsets[1] for token in tokens}  # in bytes
+            borders[text] = [i for i in range(1, len(text)) if len(text[:i].encode()) in ends]
+    cuts = []
+    for text, places in borders.items():
+        at = next((i for i in places if text[:i] not in borders and text[i:] not in borders), None)
+        if at is None:
+            raise UserError(f"{source}: beside user-defined symbols, piece {text!r} cannot be told from the same text")
+        cuts.append(f"{_escape(text[:at])}(?={_escape(text[at:])}\\z)")
+    steps = [pre_tokenizers.Split(Regex("|".join(map(_escape, symbols))), "isolated")]
+    if cuts:
+        steps.append(pre_tokenizers.Split(Regex(f"\\A(?:{'|'.join(cuts)})"), "isolated"))
+    return pre_tokenizers.Sequence(steps)
+
+
+def _escape(text: str) -> str:
+    """A pattern for Oniguruma, the regex engine of `tokenizers`, that matches just `text`."""
+    return "".join(c if c.isalnum() else f"\\x{{{ord(c):x}}}" for c in text)
+
+
+# --- the .model file: a protocol buffer, of which a few fields are needed
+
+
+def read_model(path: Path) -> SentencePieceModel:
+    """Reads a SentencePiece BPE model; raises UserError for another kind of model, or one `tokenizers` cannot express."""
+    try:
+        raw = _message(path.read_bytes())
+        trainer = _message(raw[2][-1])
+        normalizer = _message(raw[3][-1]) if 3 in raw else {}
+        pieces = [_piece(_message(data)) for data in raw[1]]
+    except (KeyError, IndexError, struct.error, UnicodeDecodeError):
+        raise UserError(f"{path}: not a SentencePiece model (a .model file, or a tokenizer.json, is needed)") from None
+    # Numbers and defaults of the fields: sentencepiece_model.proto, messages TrainerSpec and NormalizerSpec.
+    ids = {role: _signed(trainer.get(40 + i, [(0, 1, 2, -1)[i]])[-1]) for i, role in enumerate(ROLES)}
+    refusals = {
+        "is no BPE model (only BPE is supported)": trainer.get(3, [1])[-1] != BPE,
+        "writes its spaces behind words (treat_whitespace_as_suffix)": trainer.get(24, [0])[-1],
+        "does not write spaces as U+2581 (escape_whitespaces=false)": not normalizer.get(5, [1])[-1],
+        "has unused pieces": any(kind == UNUSED for _, _, kind in pieces),
+        "removes extra whitespaces but not those of its user-defined symbols": normalizer.get(4, [1])[-1]
+        and any(kind == USER_DEFINED and {" ", SPACE} & set(text) for text, _, kind in pieces),
+    }
+    for reason, refused in refusals.items():
+        if refused:
+            raise UserError(f"{path} {reason}: tokenizers cannot give the same ids")
+    return SentencePieceModel(
+        pieces=pieces,
+        byte_fallback=bool(trainer.get(35, [0])[-1]),
+        dummy_prefix=bool(normalizer.get(3, [1])[-1]),
+        remove_extra_whitespaces=bool(normalizer.get(4, [1])[-1]),
+        charsmap=normalizer.get(2, [b""])[-1],
+        special_ids={role: i for role, i in ids.items() if 0 <= i < len(pieces)},
+    )
+
+
+def _piece(fields: dict[int, list[Any]]) -> tuple[str, float, int]:
+    (score,) = struct.unpack("<f", fields[2][-1]) if 2 in fields else (0.0,)
+    return fields[1][-1].decode("utf-8"), score, fields.get(3, [NORMAL])[-1]
+
+
+def _message(data: bytes) -> dict[int, list[Any]]:
+    """One level of a protocol buffer: the values of each field number, ints or bytes (protobuf.dev, Encoding)."""
+    fields: dict[int, list[Any]] = {}
+    at = 0
+    while at < len(data):
+        key, at = _varint(data, at)
+        number, wire = key >> 3, key & 7
+        if wire == 0:
+            value, at = _varint(data, at)
+        elif wire in (1, 2, 5):
+            size, at = _varint(data, at) if wire == 2 else (8 if wire == 1 else 4, at)
+            value, at = data[at : at + size], at + size
+            if at > len(data):
+                raise IndexError("a field ends behind the file")
+        else:
+            raise KeyError(f"wire type {wire}")
+        fields.setdefault(number, []).append(value)
+    return fields
+
+
+def _varint(data: bytes, at: int) -> tuple[int, int]:
+    value = shift = 0
+    while True:
+        value |= (data[at] & 0x7F) << shift
+        at, shift = at + 1, shift + 7
+        if data[at - 1] < 0x80:
+            return value, at
+
+
+def _signed(value: int) -> int:
+    return value - (1 << 64) if value >> 63 else value

@@ -1,0 +1,164 @@
+"""What a training run tells of itself: one line of figures a step, in metrics.jsonl, in TensorBoard and on the terminal.
+
+A figure that was not measured is null. JSON knows no NaN: a value that is not finite is null too, and a second key
+(`loss_nonfinite: "nan"`) says what it was.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from megaspark.flops import Flops
+from megaspark.manifests import write_atomically
+
+METRICS = "metrics.jsonl"
+Line = dict[str, Any]
+
+
+class StepMeter:
+    """Turns what a step did into its line of figures; the time is from the last `line` or `restart` to this one.
+
+    `flops` are a token's, `peak_flops` the FLOP/s of all devices together (None: unknown, no MFU), `tokens` those of a step.
+    """
+
+    def __init__(
+        self, flops: Flops, peak_flops: float | None, tokens: int, memory_bytes: Callable[[], int | None] | None = None
+    ) -> None:
+        self.flops, self.peak_flops, self.tokens = flops, peak_flops, tokens
+        self.memory_bytes = memory_bytes or peak_memory_bytes
+        self._since = time.perf_counter()
+
+    def restart(self) -> None:
+        """Begins the next step's time now: what went before (an evaluation, a checkpoint) is no training time."""
+        self._since = time.perf_counter()
+
+    def line(self, *, step: int, tokens: int, loss: float, lr: float, grad_norm: float | None, joules: float | None) -> Line:
+        """The figures of one optimizer step; `tokens` are the run's so far, `joules` this step's, None if not measured."""
+        now = time.perf_counter()
+        step_s, self._since = now - self._since, now
+        tokens_per_s = self.tokens / step_s
+        flops_per_s = tokens_per_s * self.flops.litespark
+        return {
+            "step": step,
+            "tokens": tokens,
+            "loss": loss,
+            "lr": lr,
+            "grad_norm": grad_norm,
+            "step_s": step_s,
+            "tokens_per_s": tokens_per_s,
+            "flops_per_s": flops_per_s,
+            "flops_per_s_causal": tokens_per_s * self.flops.causal,
+            "mfu": flops_per_s / self.peak_flops if self.peak_flops else None,
+            "joules": joules,
+            "joules_per_token": None if joules is None else joules / self.tokens,
+            "memory_bytes": self.memory_bytes(),
+        }
+
+
+class MetricsLog:
+    """Appends lines to `folder`/metrics.jsonl, each written through at once, and their numbers to TensorBoard."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.path = folder / METRICS
+        self._file: io.BufferedWriter | None = None
+        self._board: Any = None
+        self._purge_step: int | None = None
+
+    def keep_until(self, step: int) -> int:
+        """Drops the lines after `step`, and whatever a crash left half written; returns how many. To be called on resume."""
+        self._close_file()
+        self._purge_step = step + 1
+        if not self.path.exists():
+            return 0
+        lines = self.path.read_bytes().splitlines(keepends=True)
+        kept = [line for line in lines if (found := _step_of(line)) is not None and found <= step]
+        if len(kept) < len(lines):
+            write_atomically(self.path, b"".join(kept))
+        return len(lines) - len(kept)
+
+    def write(self, line: Mapping[str, Any]) -> None:
+        """Appends one line; those of an evaluation carry `split`."""
+        if self._file is None:
+            self._file = open(self.path, "ab")  # noqa: SIM115 (held open until close)
+        self._file.write(to_json(line).encode() + b"\n")
+        self._file.flush()
+        self._tensorboard(line)
+
+    def close(self) -> None:
+        """Flushes and closes both."""
+        self._close_file()
+        if self._board is not None:
+            self._board.close()
+            self._board = None
+
+    def _close_file(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _tensorboard(self, line: Mapping[str, Any]) -> None:
+        if self._board is None:
+            from torch.utils.tensorboard import SummaryWriter  # slow to import, and it brings torch
+
+            self._board = SummaryWriter(str(self.folder), purge_step=self._purge_step)
+        group = line.get("split", "train")
+        for name, value in line.items():
+            if name != "step" and isinstance(value, (int, float)):
+                self._board.add_scalar(f"{group}/{name}", value, line["step"])
+
+
+def to_json(line: Mapping[str, Any]) -> str:
+    """One line of strict JSON; a value that is not finite becomes null, with its name under `<key>_nonfinite`."""
+    out: Line = {}
+    for key, value in line.items():
+        finite = not isinstance(value, float) or math.isfinite(value)
+        out[key] = value if finite else None
+        if not finite:
+            out[f"{key}_nonfinite"] = str(value)
+    return json.dumps(out, allow_nan=False)
+
+
+def terminal_line(line: Mapping[str, Any], last_step: int) -> str:
+    """A step's figures in one readable line, without those not measured. The ETA takes the steps to come for like this."""
+    parts = [f"step {line['step']:,}/{last_step:,}", f"loss {line['loss']:.4f}", f"lr {line['lr']:.2e}"]
+    if line["grad_norm"] is not None:
+        parts.append(f"grad norm {line['grad_norm']:.3f}")
+    parts.append(f"{line['tokens_per_s']:,.0f} tokens/s")
+    if line["mfu"] is not None:
+        parts.append(f"MFU {line['mfu']:.1%}")
+    if line["joules_per_token"] is not None:
+        parts.append(f"{line['joules_per_token']:.3g} J/token")
+    eta = timedelta(seconds=round((last_step - line["step"]) * line["step_s"]))
+    return " | ".join([*parts, f"ETA {eta}"])
+
+
+def peak_memory_bytes() -> int | None:
+    """The most that this process held: of GPU memory if it uses a GPU (torch's allocator), else of RAM; None if unknown."""
+    torch = sys.modules.get("torch")  # not imported for this
+    if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
+        return int(torch.cuda.max_memory_allocated())
+    try:
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        return None
+    found = [line.split() for line in status.splitlines() if line.startswith("VmHWM:")]
+    return int(found[0][1]) * 1024 if found else None  # getrusage's figure would hold that of the parent too
+
+
+def _step_of(line: bytes) -> int | None:
+    """The step of a line; None if the line is torn or no line of ours."""
+    if not line.endswith(b"\n"):
+        return None
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return None

@@ -1,0 +1,296 @@
+"""Training, top to bottom: settings, data, engine, resume, the loop with its meters, evaluations and checkpoints.
+
+The order of events in a step is fixed, and everything that a step depends on is a function of the settings, the step and the
+number of samples taken before it; so a run that was killed and started again computes the bits of one that never stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from megaspark import __version__, checkpoint, fragments, settings
+from megaspark.batches import Batches
+from megaspark.checkpoint import Checkpoint
+from megaspark.config import Checked, RunConfig, check_run, load_config
+from megaspark.energy import EnergyMeter
+from megaspark.engine import Engine, parameter_shapes, settle_accelerator
+from megaspark.errors import UserError
+from megaspark.flops import parameters, peak_flops, per_token
+from megaspark.meters import MetricsLog, StepMeter, terminal_line
+from megaspark.optim import CosineSchedule
+from megaspark.ranks import Ranks
+from megaspark.samples import Samples, unigram_entropy
+from megaspark.shards import TokenDataset
+
+DEMO = "llama-demo.yaml"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Trains as the command line says; returns the exit status. Raises UserError before anything is written or started."""
+    args = _parser().parse_args(argv)
+    ranks = Ranks.from_environment()
+    settle_accelerator()
+    config, tree = load_config(args.config, args.overrides)
+    checked = check_run(config, tree, ranks.world)
+    start = find_start(checked, say=ranks.first)
+    return train(checked, ranks, start)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="megaspark pretrain",
+        description="Pre-trains a model from token shards. Under the deepspeed launcher: on many processes and hosts.",
+        epilog="example: deepspeed --num_gpus 2 megaspark/pretrain.py --config ds_configs/llama-demo.yaml run.steps=100",
+    )
+    parser.add_argument("--config", default=DEMO, help=f"a run's YAML, a path or the name of a shipped one (default: {DEMO})")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # deepspeed's launcher says it
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that win over the file's")
+    return parser
+
+
+def train(checked: Checked, ranks: Ranks, start: Checkpoint | None) -> int:
+    """Runs from `start`, or from the beginning, to the last step; returns the exit status."""
+    config, run = checked.config, checked.config.run
+    folder = config.folder
+    end = min(run.steps, run.stop_after or run.steps)
+    step, taken = (start.step, int(start.state["samples"])) if start else (0, 0)
+    if ranks.first:
+        _open_folder(checked)
+    if step >= end:
+        _say(ranks, f"{folder} is at step {step} of {end} already: nothing to do")
+        return 0
+    engine = Engine(checked, ranks)
+    if start:
+        _restore(engine, start, ranks)
+    batches = _batches(checked, checked.train, ranks)
+    held_out = _batches(checked, checked.validation, ranks) if checked.validation else None
+    schedule = CosineSchedule(config.optim.lr, config.optim.min_lr, config.optim.warmup_steps, run.steps)
+    recorder = _Recorder(checked, ranks, engine, step, end)
+    saved = True
+    while step < end:
+        result = engine.step(batches.step(taken, run.global_batch), schedule(step))
+        lr, step, taken = schedule(step), step + 1, taken + run.global_batch
+        recorder.step(step, taken, result.loss, lr, result.grad_norm)
+        if held_out and run.eval_every and (step % run.eval_every == 0 or step == run.steps):
+            recorder.evaluation(step, taken, engine.evaluate(held_out.step(0, run.eval_batches * run.global_batch)))
+        if step == end or (run.save_every and step % run.save_every == 0):
+            saved = _save(checked, engine, ranks, step, taken)
+            recorder.pause_over()
+    recorder.close()
+    engine.close()
+    _say(ranks, f"{folder}: done at step {step}, {taken * config.data.seq:,} tokens")
+    if not saved:
+        _say(ranks, f"{folder}: the last checkpoint could not be written, see above")
+    return 0 if saved else 1
+
+
+def find_start(checked: Checked, say: bool) -> Checkpoint | None:
+    """The checkpoint that `run.resume` asks for: the newest one that is whole and of this model and data, or None.
+
+    A damaged one is named and the one before it tried; raises UserError where one was found but is not this run's.
+    """
+    config, run = checked.config, checked.config.run
+    if run.resume == "never":
+        if checkpoint.step_folders(config.folder):
+            raise UserError(f"{config.folder} holds checkpoints and run.resume = never; choose another run.name, or resume=auto")
+        return None
+    damaged = []
+    for folder in checkpoint.step_folders(config.folder):
+        try:
+            found = Checkpoint(folder)
+            problem = found.problem()
+        except checkpoint.BadCheckpoint as error:
+            problem = str(error)
+        if problem is None:
+            _check_same_run(checked, found)
+            if say:
+                print(f"resuming from {folder}", flush=True)
+            return found
+        damaged.append(problem)
+        if say:
+            print(f"cannot resume from {folder}: {problem}", file=sys.stderr, flush=True)
+    if damaged or run.resume == "required":
+        raise UserError(f"{config.folder} holds no checkpoint to resume from ({'; '.join(damaged) or 'none was written'})")
+    if say:
+        print(f"no checkpoint in {config.folder}: starting at step 0", flush=True)
+    return None
+
+
+def _check_same_run(checked: Checked, found: Checkpoint) -> None:
+    """Refuses a checkpoint whose model or data is not this run's, naming the first difference."""
+    config = checked.config
+    expected = parameter_shapes(config.model)
+    for name in [*expected, *found.shapes]:
+        ours, theirs = expected.get(name), found.shapes.get(name)
+        if ours != theirs:
+            raise UserError(
+                f"{found.folder} is of another model: its {name} is {_shape(theirs)}, this run's is {_shape(ours)}; "
+                "choose another run.name or the model that it was trained with"
+            )
+    ours = _identity(checked)
+    for key, was in found.state["identity"].items():
+        if ours[key] != was:
+            raise UserError(
+                f"{found.folder} was trained with {key} = {was}, this run has {ours[key]}: the samples would not go on where "
+                "they stopped; choose another run.name or set it back"
+            )
+
+
+def _shape(shape: tuple[int, ...] | None) -> str:
+    return "absent" if shape is None else " x ".join(map(str, shape))
+
+
+def _identity(checked: Checked) -> dict[str, Any]:
+    """What must not change while a run goes on: the tokens, their order, and how they are cut into samples."""
+    data = checked.config.data
+    return {
+        "data.seq": data.seq,
+        "data.document_mask": data.document_mask,
+        "data.blend": data.blend,
+        "run.seed": checked.config.run.seed,
+        "tokenizer sha256": _tokenizer(checked)[1],
+        "training data sha256": data_digest(checked.train),
+    }
+
+
+def data_digest(datasets: Mapping[str, TokenDataset]) -> str:
+    """The sha256 that names the tokens of some datasets: of the checksums of all their shards."""
+    return settings.digest({name: [info.bin_sha256 for info in d.manifest.shards] for name, d in datasets.items()})
+
+
+def _tokenizer(checked: Checked) -> tuple[Path, str]:
+    """The tokenizer file that the data carries, and its sha256."""
+    dataset = next(iter(checked.train.values()))
+    return dataset.folder / dataset.manifest.tokenizer, dataset.manifest.tokenizer_sha256
+
+
+def config_hash(config: RunConfig[Any]) -> str:
+    """The sha256 of a resolved config."""
+    return settings.digest(config.resolved())
+
+
+def _open_folder(checked: Checked) -> None:
+    """Makes the run folder with its resolved config and what there is to know of its data."""
+    config, folder = checked.config, checked.config.folder
+    folder.mkdir(parents=True, exist_ok=True)
+    text = yaml.safe_dump(config.resolved(), sort_keys=False)
+    (folder / "config.yaml").write_text(f"# resolved by megaspark {__version__}; sha256 {config_hash(config)}\n{text}")
+    facts = {
+        "train": {name: {"folder": str(d.folder), "tokens": d.tokens} for name, d in checked.train.items()},
+        "data_sha256": data_digest(checked.train),
+        "unigram_entropy": unigram_entropy(checked.train),
+    }
+    (folder / "data.json").write_text(json.dumps(facts, indent=1) + "\n")
+
+
+def _batches(checked: Checked, datasets: Mapping[str, TokenDataset], ranks: Ranks) -> Batches:
+    data, run = checked.config.data, checked.config.run
+    samples = Samples(datasets, data.seq, run.seed, data.blend if datasets is checked.train else None)
+    eos_id = next(iter(datasets.values())).eos_id if data.document_mask else None
+    return Batches(samples.__getitem__, eos_id, run.micro_batch, ranks.rank, checked.layout.data_parallel)
+
+
+def _restore(engine: Engine, start: Checkpoint, ranks: Ranks) -> None:
+    checkpoint.load(start, fragments.fragments(engine.deepspeed))
+    fragments.set_step(engine.deepspeed, start.step)
+    fragments.push(engine.deepspeed)
+    engine.gather(None)  # nobody writes into the run folder before everybody has read from it
+
+
+def _save(checked: Checked, engine: Engine, ranks: Ranks, step: int, taken: int) -> bool:
+    """Writes the checkpoint of `step`; says whether it was written (a full disk stops the save, not the run)."""
+    config, tokenizer = checked.config, _tokenizer(checked)
+    prepend_bos = next(iter(checked.train.values())).manifest.prepend_bos
+    state = {
+        "step": step,
+        "samples": taken,
+        "tokens": taken * config.data.seq,
+        "identity": _identity(checked),
+        "config": config.resolved(),
+        "config_sha256": config_hash(config),
+        "tokenizer": {"path": str(tokenizer[0].resolve()), "sha256": tokenizer[1], "prepend_bos": prepend_bos},
+        "written_by": f"megaspark {__version__}, {checked.layout.world} processes, ZeRO {checked.layout.stage}",
+    }
+    everywhere = fragments.whole(engine.deepspeed)
+    held = [] if everywhere and not ranks.first else fragments.fragments(engine.deepspeed)
+    target = checkpoint.step_folder(config.folder, step)
+    problem = checkpoint.save(target, state, held, ranks.rank, engine.gather)
+    if problem is None and ranks.first:
+        checkpoint.note_latest(config.folder, target)
+        checkpoint.prune(config.folder, config.run.keep_last)
+    if problem is not None:
+        _say(ranks, f"CHECKPOINT NOT WRITTEN: {target}: {problem}; the run goes on, older checkpoints are untouched")
+    return problem is None
+
+
+class _Recorder:
+    """Times steps and writes what they tell: metrics.jsonl, TensorBoard, a line on the terminal. Silent but on rank 0."""
+
+    def __init__(self, checked: Checked, ranks: Ranks, engine: Engine, step: int, end: int) -> None:
+        config = checked.config
+        self.config, self.ranks, self.end = config, ranks, end
+        self.log: MetricsLog | None = None
+        self.energy: EnergyMeter | None = None
+        if ranks.local_rank == 0:
+            self.energy = EnergyMeter()
+        if not ranks.first:
+            return
+        name = torch.cuda.get_device_name(engine.device) if engine.device.type == "cuda" else "cpu"
+        peak = peak_flops(name, config.run.precision)
+        flops = per_token(config.model.shape, config.data.seq)
+        self.meter = StepMeter(flops, None if peak is None else peak * ranks.world, config.run.global_batch * config.data.seq)
+        self.log = MetricsLog(config.folder)
+        dropped = self.log.keep_until(step)
+        count = parameters(config.model.shape, config.model.tie_embeddings)
+        print(
+            f"{config.run.name}: {count:,} parameters, {ranks.world} x {name}, {config.run.precision}, ZeRO {checked.layout.stage}, "
+            f"accumulation {checked.layout.accumulation}, {config.run.global_batch * config.data.seq:,} tokens a step, "
+            f"steps {step} to {end}; energy: {self.energy.source if self.energy and self.energy.source else 'not measured'}",
+            flush=True,
+        )
+        if dropped:
+            print(f"{dropped} lines of metrics after step {step} are computed again", flush=True)
+        self.pause_over()
+
+    def step(self, step: int, taken: int, loss: float, lr: float, grad_norm: float) -> None:
+        """Records one optimizer step."""
+        if not self.log:
+            return
+        joules = self.energy.read() if self.energy else None
+        line = self.meter.line(step=step, tokens=taken * self.config.data.seq, loss=loss, lr=lr, grad_norm=grad_norm, joules=joules)
+        self.log.write(line)
+        print(terminal_line(line, self.end), flush=True)
+
+    def evaluation(self, step: int, taken: int, loss: float) -> None:
+        """Records one evaluation."""
+        if self.log:
+            self.log.write({"step": step, "tokens": taken * self.config.data.seq, "split": "validation", "loss": loss})
+            print(f"step {step} validation loss {loss:.4f}", flush=True)
+        self.pause_over()
+
+    def pause_over(self) -> None:
+        """Leaves what was done since the last step out of the next one's time and energy."""
+        if self.log:
+            self.meter.restart()
+        if self.energy:
+            self.energy.read()
+
+    def close(self) -> None:
+        """Closes the files and the energy counter."""
+        if self.log:
+            self.log.close()
+        if self.energy:
+            self.energy.close()
+
+
+def _say(ranks: Ranks, text: str) -> None:
+    if ranks.first:
+        print(text, flush=True)

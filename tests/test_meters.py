@@ -1,0 +1,176 @@
+"""The figures of a step and their log: units, nulls, valid JSON, and what a crash or a resume does to the file."""
+
+import json
+import math
+import subprocess
+import sys
+import time
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megaspark.flops import Flops
+from megaspark.meters import METRICS, MetricsLog, StepMeter, peak_memory_bytes, terminal_line, to_json
+
+KEYS = {
+    "step",
+    "tokens",
+    "loss",
+    "lr",
+    "grad_norm",
+    "step_s",
+    "tokens_per_s",
+    "flops_per_s",
+    "mfu",
+    "joules",
+    "joules_per_token",
+    "memory_bytes",
+}
+
+
+def meter(peak: float | None = 1e9) -> StepMeter:
+    """Meters steps of 1000 tokens of 600 FLOPs each."""
+    return StepMeter(Flops(litespark=600, causal=500), peak, 1000)
+
+
+def line_of(step: int, **more) -> dict:
+    """A line with all figures."""
+    found = meter().line(step=step, tokens=1000 * step, loss=2.5, lr=1e-3, grad_norm=0.5, joules=20.0)
+    return {**found, **more}
+
+
+def test_figures_follow_from_time_and_tokens():
+    """Rates a factor off, or joules by token of another step, are what a benchmark would publish."""
+    steps = meter()
+    time.sleep(0.05)
+    line = steps.line(step=3, tokens=3000, loss=2.5, lr=1e-3, grad_norm=0.5, joules=20.0)
+    assert 0.05 <= line["step_s"] < 0.5
+    assert line["tokens_per_s"] == pytest.approx(1000 / line["step_s"])
+    assert line["flops_per_s"] == pytest.approx(600 * line["tokens_per_s"])
+    assert line["flops_per_s_causal"] == pytest.approx(500 * line["tokens_per_s"])
+    assert line["mfu"] == pytest.approx(line["flops_per_s"] / 1e9)
+    assert line["joules_per_token"] == pytest.approx(0.02)
+    assert set(KEYS) <= set(line)
+
+
+def test_what_was_not_measured_is_null():
+    """A zero or a guess would be averaged into a result."""
+    line = meter(peak=None).line(step=1, tokens=1000, loss=2.0, lr=1e-3, grad_norm=None, joules=None)
+    stored = json.loads(to_json(line))
+    assert [stored[key] for key in ("mfu", "joules", "joules_per_token", "grad_norm")] == [None] * 4
+
+
+def test_restart_leaves_a_pause_out():
+    """An evaluation or a checkpoint is no training time: it would sink tokens per second in every run that saves often."""
+    steps = meter()
+    time.sleep(0.3)
+    steps.restart()
+    assert steps.line(step=1, tokens=1000, loss=1.0, lr=1e-3, grad_norm=1.0, joules=None)["step_s"] < 0.25
+
+
+def test_memory_is_this_process_own_peak():
+    """A peak of the parent's (which getrusage hands on), or of now, would be blamed on the model."""
+    code = (
+        "import os; from megaspark.meters import peak_memory_bytes as peak\n"
+        "before = peak(); block = b'x' * (64 << 20); del block; print(before, peak())"
+    )
+    ballast = bytearray(b"x" * (300 << 20))
+    output = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    del ballast
+    before, after = map(int, output.split())
+    assert before < 250 << 20
+    assert 60 << 20 < after - before < 80 << 20
+    assert peak_memory_bytes() > 300 << 20
+
+
+@given(st.floats())
+def test_any_loss_is_valid_json(loss):
+    """NaN in metrics.jsonl breaks every strict reader just when a run diverged."""
+
+    def refuse(name):
+        raise ValueError(name)
+
+    stored = json.loads(to_json({"step": 1, "loss": loss}), parse_constant=refuse)
+    if math.isfinite(loss):
+        assert stored == {"step": 1, "loss": loss}
+    else:
+        assert stored["loss"] is None
+        assert str(float(stored["loss_nonfinite"])) == str(loss)
+
+
+def test_lines_are_on_the_disk_at_once(tmp_path):
+    """A killed run must not lose the lines of the steps that it took."""
+    log = MetricsLog(tmp_path)
+    for step in (1, 2):
+        log.write(line_of(step))
+        assert len((tmp_path / METRICS).read_text().splitlines()) == step
+    log.close()
+
+
+def test_resume_drops_later_and_torn_lines_and_counts_them(tmp_path):
+    """Steps computed twice would be in the curve twice; a torn line would swallow the one appended to it."""
+    log = MetricsLog(tmp_path)
+    for step in range(1, 6):
+        log.write(line_of(step))
+    log.write({"step": 3, "tokens": 3000, "split": "validation", "loss": 2.0})
+    log.close()
+    whole = (tmp_path / METRICS).read_bytes()
+    with open(tmp_path / METRICS, "ab") as file:
+        file.write(b'{"step": 6, "lo')
+    log = MetricsLog(tmp_path)
+    assert log.keep_until(3) == 3  # 4, 5 and the torn one
+    log.write(line_of(4, loss=9.0))
+    log.close()
+    lines = (tmp_path / METRICS).read_bytes().splitlines(keepends=True)
+    assert lines[:3] == whole.splitlines(keepends=True)[:3]
+    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 3, 4]
+    assert json.loads(lines[-1])["loss"] == 9.0
+
+
+def test_torn_line_that_looks_whole(tmp_path):
+    """Without its newline a line may be cut inside its last number."""
+    (tmp_path / METRICS).write_bytes(b'{"step": 1}\n{"step": 2}')
+    assert MetricsLog(tmp_path).keep_until(5) == 1
+    assert (tmp_path / METRICS).read_bytes() == b'{"step": 1}\n'
+
+
+def test_resume_without_a_log_and_with_nothing_to_drop(tmp_path):
+    """A checkpoint whose metrics were deleted still resumes; a log that is right is not rewritten."""
+    assert MetricsLog(tmp_path).keep_until(10) == 0
+    (tmp_path / METRICS).write_bytes(b'{"step": 10}\n')
+    inode = (tmp_path / METRICS).stat().st_ino
+    assert MetricsLog(tmp_path).keep_until(10) == 0
+    assert (tmp_path / METRICS).stat().st_ino == inode
+
+
+def test_tensorboard_holds_the_resumed_curve_once(tmp_path):
+    """TensorBoard shows what it reads: training and validation apart, and after a resume the new values only."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    log = MetricsLog(tmp_path)
+    for step in range(1, 6):
+        log.write(line_of(step, loss=float(step)))
+    log.close()
+    time.sleep(1.1)  # the writer names its file by the second
+    log = MetricsLog(tmp_path)
+    log.keep_until(3)
+    for step in (4, 5, 6):
+        log.write(line_of(step, loss=10.0 * step))
+    log.write({"step": 6, "tokens": 6000, "split": "validation", "loss": 7.0})
+    log.close()
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(1, 1), (2, 2), (3, 3), (4, 40), (5, 50), (6, 60)]
+    assert [(e.step, e.value) for e in events.Scalars("validation/loss")] == [(6, 7)]
+    assert "train/step" not in events.Tags()["scalars"]
+
+
+def test_terminal_line():
+    """The line that everybody watches: units, the time left, and nothing where nothing was measured."""
+    line = line_of(40, step_s=2.0, tokens_per_s=12345.6, mfu=0.41234, joules_per_token=0.0213)
+    assert terminal_line(line, 100) == (
+        "step 40/100 | loss 2.5000 | lr 1.00e-03 | grad norm 0.500 | 12,346 tokens/s | MFU 41.2% | 0.0213 J/token | ETA 0:02:00"
+    )
+    bare = terminal_line({**line, "mfu": None, "joules_per_token": None, "grad_norm": None, "loss": math.nan}, 40)
+    assert bare == "step 40/40 | loss nan | lr 1.00e-03 | 12,346 tokens/s | ETA 0:00:00"
