@@ -73,7 +73,7 @@ def _executor(workers: int) -> Executor:
     if _under_mpi():
         from mpi4py.futures import MPIPoolExecutor
 
-        return MPIPoolExecutor()
+        return MPIPoolExecutor(main=False)  # the ranks need no copy of the command itself
     # spawn, not fork: the tokenizer libraries hold threads and locks that do not survive a fork.
     return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker, (os.getpid(),))
 

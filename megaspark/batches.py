@@ -48,7 +48,9 @@ class Batches:
     samples; only who works on which of them differs.
     """
 
-    def __init__(self, sample: Callable[[int], np.ndarray], eos_id: int | None, micro_batch: int, rank: int, data_parallel: int):
+    def __init__(
+        self, sample: Callable[[int], np.ndarray], eos_id: int | None, micro_batch: int, rank: int, data_parallel: int
+    ) -> None:
         self.sample, self.eos_id, self.micro_batch = sample, eos_id, micro_batch
         self.rank, self.data_parallel = rank, data_parallel
 

@@ -137,12 +137,13 @@ def load_config(path: str | Path, overrides: Sequence[str]) -> tuple[RunConfig[A
     tree = settings.read(path, overrides)
     said = tree.values.get("model", {})
     if not isinstance(said, dict):
-        raise UserError(f"model = {said!r} ({tree.place('model')}) should be a section, such as model: {{arch: llama, size: 3b}}")
+        raise UserError(f"model = {said!r} ({tree.place('model')}) should be a section: model: {{arch: llama, size: 3b}}")
     module = architecture(str(said.get("arch", "llama")))
     size = said.get("size")
     if size is not None:
         if size not in module.SIZES:
-            raise UserError(f"model.size = {size!r} ({tree.place('model.size')}) is no preset{nearest(str(size), [*module.SIZES])}")
+            place = tree.place("model.size")
+            raise UserError(f"model.size = {size!r} ({place}) is no preset{nearest(str(size), [*module.SIZES])}")
         for key, value in module.SIZES[size].items():
             if key not in said:
                 tree.set(f"model.{key}", value, f"model.size={size}")
@@ -214,12 +215,19 @@ def _check_data(config: RunConfig[Any], datasets: dict[str, shards.TokenDataset]
                 f"({first.manifest.tokenizer} and {manifest.tokenizer}); prepare one of them again"
             )
         if dataset.tokens <= config.data.seq:
-            raise UserError(f"{dataset.folder} holds {dataset.tokens} tokens, too few for one sample of data.seq = {config.data.seq}")
+            raise UserError(
+                f"{dataset.folder} holds {dataset.tokens} tokens, too few for one sample of data.seq = {config.data.seq}"
+            )
+        if config.data.document_mask and not manifest.append_eos:
+            raise UserError(
+                f"{dataset.folder} was prepared with append_eos: false, and data.document_mask = true finds documents by it; "
+                "set data.document_mask=false, or prepare the data again"
+            )
     vocab = first.manifest.vocab
     if not vocab <= model.vocab < vocab + VOCAB_PADDING:
         raise UserError(
-            f"model.vocab = {model.vocab}, but the tokenizer of {first.folder} ({first.manifest.tokenizer}) has {vocab} entries; "
-            f"set model.vocab={vocab}"
+            f"model.vocab = {model.vocab}, but the tokenizer of {first.folder} ({first.manifest.tokenizer}) has {vocab} "
+            f"entries; set model.vocab={vocab}"
         )
     if config.data.tokenizer:
         path = Path(config.data.tokenizer)
@@ -228,7 +236,7 @@ def _check_data(config: RunConfig[Any], datasets: dict[str, shards.TokenDataset]
         if shards.sha256_of(path) != first.manifest.tokenizer_sha256:
             raise UserError(
                 f"data.tokenizer = {path} is not the tokenizer that {first.folder} was made with "
-                f"({first.manifest.tokenizer}, sha256 {first.manifest.tokenizer_sha256[:12]}...); prepare the data again with it"
+                f"({first.manifest.tokenizer}, sha256 {first.manifest.tokenizer_sha256[:12]}...); prepare the data with it"
             )
 
 

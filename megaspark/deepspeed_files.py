@@ -74,7 +74,8 @@ class DeepSpeedFile:
             said = node.get(name, AUTO)
             if said != AUTO and said != ours:
                 raise UserError(
-                    f'{key} = {json.dumps(said)} in {self.path}, but {OWNED[key]} makes it {json.dumps(ours)}; say "auto" in the file'
+                    f"{key} = {json.dumps(said)} in {self.path}, but {OWNED[key]} makes it {json.dumps(ours)}; "
+                    'say "auto" in the file'
                 )
             node[name] = ours
         # Elsewhere "auto" is Hugging Face's word for DeepSpeed's own default, which DeepSpeed takes when nothing is said.

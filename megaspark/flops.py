@@ -54,8 +54,8 @@ def per_token(shape: Shape, seq: int) -> Flops:
 
 # Dense peaks in FLOP/s, no sparsity, from the makers' data sheets: A100 (NVIDIA A100 data sheet, 2021), H100 SXM and PCIe
 # (H100 data sheet, 2023; halved where it quotes sparsity), H200 (its data sheet, 2024: the same chip), B200 (HGX B200, 2024),
-# GB200 (GB200 NVL72 data sheet, 2024, a 72nd of it), MI300X (AMD CDNA 3 data sheet, 2023). fp32 is that of the plain fp32 units,
-# without TF32 or XF32. The first row whose words are all in the name counts.
+# GB200 (a 72nd of GB200 NVL72, 2024), MI300X (AMD CDNA 3 data sheet, 2023). fp32 is that of the plain units, without TF32 or
+# XF32. The first row whose words are all in the name counts.
 _PEAKS: tuple[tuple[str, dict[str, float]], ...] = (
     ("A100", {"bf16": 312e12, "fp32": 19.5e12}),
     ("H100 PCIe", {"bf16": 756e12, "fp32": 51e12, "fp8": 1513e12}),

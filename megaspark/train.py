@@ -100,7 +100,7 @@ def find_start(checked: Checked, say: bool) -> Checkpoint | None:
     config, run = checked.config, checked.config.run
     if run.resume == "never":
         if checkpoint.step_folders(config.folder):
-            raise UserError(f"{config.folder} holds checkpoints and run.resume = never; choose another run.name, or resume=auto")
+            raise UserError(f"{config.folder} holds checkpoints and run.resume = never; choose another run.name, or auto")
         return None
     damaged = []
     for folder in checkpoint.step_folders(config.folder):
@@ -249,11 +249,11 @@ class _Recorder:
         self.meter = StepMeter(flops, None if peak is None else peak * ranks.world, config.run.global_batch * config.data.seq)
         self.log = MetricsLog(config.folder)
         dropped = self.log.keep_until(step)
-        count = parameters(config.model.shape, config.model.tie_embeddings)
+        layout, source = checked.layout, self.energy.source if self.energy else None
         print(
-            f"{config.run.name}: {count:,} parameters, {ranks.world} x {name}, {config.run.precision}, ZeRO {checked.layout.stage}, "
-            f"accumulation {checked.layout.accumulation}, {config.run.global_batch * config.data.seq:,} tokens a step, "
-            f"steps {step} to {end}; energy: {self.energy.source if self.energy and self.energy.source else 'not measured'}",
+            f"{config.run.name}: {parameters(config.model.shape, config.model.tie_embeddings):,} parameters, "
+            f"{ranks.world} x {name}, {config.run.precision}, ZeRO {layout.stage}, accumulation {layout.accumulation}, "
+            f"{self.meter.tokens:,} tokens a step, steps {step} to {end}; energy: {source or 'not measured'}",
             flush=True,
         )
         if dropped:
@@ -265,7 +265,8 @@ class _Recorder:
         if not self.log:
             return
         joules = self.energy.read() if self.energy else None
-        line = self.meter.line(step=step, tokens=taken * self.config.data.seq, loss=loss, lr=lr, grad_norm=grad_norm, joules=joules)
+        tokens = taken * self.config.data.seq
+        line = self.meter.line(step=step, tokens=tokens, loss=loss, lr=lr, grad_norm=grad_norm, joules=joules)
         self.log.write(line)
         print(terminal_line(line, self.end), flush=True)
 

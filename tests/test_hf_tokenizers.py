@@ -2,6 +2,7 @@
 
 import json
 import pydoc_data.topics
+import random
 from pathlib import Path
 
 import pytest
@@ -159,6 +160,28 @@ def test_runs_of_spaces_with_tied_scores(tmp_path):
     write_tokenizer(tmp_path / "tied.model", tmp_path / "hf", max_length=128)
     texts = [before + " " * n + after for n in range(70) for before in ("", "x", "\n") for after in ("", "y")]
     assert check_tokenizer(tmp_path / "tied.model", tmp_path / "hf", texts) == []
+
+
+@pytest.mark.parametrize("alphabet", ["ab", "ab ", "abc"])
+def test_many_ways_to_the_same_piece(tmp_path, alphabet):
+    """With few letters each piece splits in many ways and overlaps itself: merges ranked or chosen wrongly show at once."""
+    rng = random.Random(alphabet)
+    lines = ["".join(rng.choices(alphabet, k=30)) for _ in range(400)]
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines),
+        model_prefix=str(tmp_path / "t"),
+        model_type="bpe",
+        vocab_size=100,
+        hard_vocab_limit=False,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        allow_whitespace_only_pieces=True,
+        num_threads=1,
+        minloglevel=2,
+    )
+    write_tokenizer(tmp_path / "t.model", tmp_path / "hf", max_length=128)
+    texts = ["".join(rng.choices(alphabet, k=rng.randint(1, 60))) for _ in range(2000)]
+    assert check_tokenizer(tmp_path / "t.model", tmp_path / "hf", texts) == []
 
 
 def test_tokenizer_json_is_copied_and_its_special_tokens_are_text(tmp_path):

@@ -51,7 +51,7 @@ def test_figures_follow_from_time_and_tokens():
     assert line["flops_per_s_causal"] == pytest.approx(500 * line["tokens_per_s"])
     assert line["mfu"] == pytest.approx(line["flops_per_s"] / 1e9)
     assert line["joules_per_token"] == pytest.approx(0.02)
-    assert set(KEYS) <= set(line)
+    assert set(line) >= KEYS
 
 
 def test_what_was_not_measured_is_null():

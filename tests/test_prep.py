@@ -6,6 +6,7 @@ import io
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -143,10 +144,10 @@ def test_what_orjson_refuses_is_decided_exactly(tmp_path, content, expected):
         assert (item.text, item.source) == (expected, "unknown")
 
 
-@pytest.mark.parametrize("pack", [zstandard.compress, gzip.compress])
+@pytest.mark.parametrize("pack", [zstandard.ZstdCompressor(write_checksum=True).compress, gzip.compress])
 def test_cut_frame_keeps_the_lines_before_and_the_frames_behind(tmp_path, pack):
     """zstd and zlib tell nothing of a frame that ends too early: its lines, and those of the next frames, could vanish."""
-    kind = ".zst" if pack is zstandard.compress else ".gz"
+    kind = ".gz" if pack is gzip.compress else ".zst"
     first = [line(f"{i} {hashlib.sha256(bytes([i % 256, i // 256])).hexdigest() * 40}") for i in range(400)]
     frame, second = pack(b"\n".join(first) + b"\n"), pack(b"\n".join([line("second 0"), line("second 1")]))
     cut = len(frame) * 2 // 3
@@ -254,9 +255,28 @@ def test_same_bytes_for_any_number_of_workers(tmp_path, job, split_by):
         assert list(datasets_in(tmp_path / "one" / "out")) == ["out"]
 
 
-def test_killed_at_every_step_and_gone_on(tmp_path, job):
+@pytest.mark.launch
+@pytest.mark.skipif(not shutil.which("mpirun"), reason="no mpirun on the PATH")
+def test_same_bytes_under_mpi(tmp_path, job):
+    """Ranks take units in an order of their own, and a mistake must end them all instead of hanging."""
+    assert main([job("one/out")]) == 0
+    environment = {**os.environ, "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+    environment["PRTE_MCA_rmaps_default_mapping_policy"] = ":oversubscribe"
+    ranks = ["mpirun", "-n", "3", sys.executable]
+    command = [*ranks, "-m", "mpi4py.futures", "-m", "megaspark", "prep", job("ranks/out")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert sums(tmp_path / "ranks") == sums(tmp_path / "one")
+    other = subprocess.run([*command, "shard_tokens=301"], env=environment, capture_output=True, text=True, timeout=120)
+    assert other.returncode != 0 and "shard_tokens was 300, is 301" in other.stderr
+    apart = [*ranks, "-m", "megaspark", "prep", job("apart/out")]
+    alone = subprocess.run(apart, env=environment, capture_output=True, text=True, timeout=120)
+    assert alone.returncode != 0 and "python -m mpi4py.futures -m megaspark prep" in alone.stderr
+
+
+def test_killed_at_every_step_and_gone_on(tmp_path, corpus, job):
     """SIGKILL before each single rename and fsync: the next start must complete the same bytes, and redo no finished unit."""
-    path = job("whole/out", on_bad_input="fail")
+    path = job("whole/out", input=[f"{corpus}/chunk0/*"], on_bad_input="fail")
     assert main([path]) == 0
     expected, steps = sums(tmp_path / "whole"), 0
     while True:

@@ -1,0 +1,294 @@
+"""A run's config: what ships loads, what is misspelled or illegal is refused with the way out, and nothing is written."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from conftest import CHECKOUT, VOCAB, TinyData, random_documents, snapshot, tiny_run, write_tokens
+
+from megaspark import settings
+from megaspark.config import RunConfig, check_run, load_config
+from megaspark.data_prep.jobs import PrepSettings
+from megaspark.engine import parameter_shapes
+from megaspark.errors import UserError
+from megaspark.flops import parameters
+from megaspark.models import ARCHITECTURES, architecture
+
+CONFIGS = CHECKOUT / "ds_configs"
+RUNS = sorted(p.name for p in CONFIGS.glob("*.yaml") if not p.name.startswith("prep-"))
+PREP_JOBS = sorted(p.name for p in CONFIGS.glob("prep-*.yaml"))
+
+
+def load(name: str, overrides: list[str]) -> None:
+    """Loads any shipped config by its kind."""
+    if name in PREP_JOBS:
+        settings.load(CONFIGS / name, overrides, PrepSettings)
+    else:
+        load_config(CONFIGS / name, overrides)
+
+
+def said_keys(values: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    """Every dotted key, sections included."""
+    for key, value in values.items():
+        yield f"{prefix}{key}"
+        if isinstance(value, dict):
+            yield from said_keys(value, f"{prefix}{key}.")
+
+
+def misspellings(word: str) -> list[str]:
+    """The word with a letter dropped, doubled, or swapped with the next."""
+    found = {word[:i] + word[i + 1 :] for i in range(len(word))} | {word[:i] + word[i] + word[i:] for i in range(len(word))}
+    found |= {word[:i] + word[i + 1] + word[i] + word[i + 2 :] for i in range(len(word) - 1)}
+    return sorted(found - {word, ""})
+
+
+def valid_names(section: str) -> set[str]:
+    """The keys beside which a misspelling would stand, in any kind of config."""
+    node: Any = {**dict.fromkeys(PrepSettings.model_fields), **RunConfig[architecture("llama").Config].model_fields, "base": None}
+    return set(node[section].annotation.model_fields) if section else set(node)
+
+
+@pytest.mark.parametrize("name", RUNS + PREP_JOBS)
+def test_shipped_configs_load(name):
+    """A shipped config that its own program refuses."""
+    load(name, [])
+
+
+@pytest.mark.parametrize("name", RUNS + PREP_JOBS)
+def test_every_key_of_a_shipped_config_misspelled_is_refused(name, tmp_path):
+    """One key that is read leniently is enough to train something else for a week."""
+    tree = settings.read(CONFIGS / name, [])
+    tried = 0
+    for key in said_keys(tree.values):
+        section, _, last = key.rpartition(".")
+        for wrong in misspellings(last):
+            if wrong in valid_names(section):
+                continue
+            values = yaml.safe_load(yaml.safe_dump(tree.values))
+            node = values[section] if section else values
+            node[wrong] = node.pop(last)
+            path = tmp_path / name
+            path.write_text(yaml.safe_dump(values))
+            with pytest.raises(UserError) as caught:
+                load_config(path, []) if name in RUNS else settings.load(path, [], PrepSettings)
+            dotted = f"{section}.{wrong}" if section else wrong
+            assert f"unknown key {dotted} ({path}:" in str(caught.value)
+            assert f"did you mean {key}?" in str(caught.value)
+            tried += 1
+    assert tried > 100
+
+
+@pytest.mark.parametrize("size, count", [("3b", 2_289_158_144), ("30b", 32_528_943_616)])
+def test_litesparks_sizes_have_its_parameter_counts(size, count):
+    """A head, a norm or the tying counted otherwise: the model would not be the published one (arXiv 2510.02483, Table 1)."""
+    config, _ = load_config(CONFIGS / f"llama-{size}.yaml", [])
+    assert sum(torch.Size(shape).numel() for shape in parameter_shapes(config.model).values()) == count
+    assert parameters(config.model.shape, tied=config.model.tie_embeddings) == count
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_every_preset_of_every_architecture_loads(arch):
+    """A preset with an illegal head count, found out when somebody first asks for it."""
+    for size in architecture(arch).SIZES:
+        config, tree = load_config(CONFIGS / "llama-demo.yaml", [f"model.arch={arch}", f"model.size={size}"])
+        assert config.model.size == size
+        assert tree.place("model.hidden") == f"model.size={size}"
+
+
+def test_size_is_a_preset_that_other_keys_override():
+    """A preset that wins over what the user says, from the file or the command line, trains another model."""
+    config, _ = load_config(CONFIGS / "llama-3b.yaml", ["model.layers=3", "model.tie_embeddings=true"])
+    assert (config.model.layers, config.model.hidden, config.model.tie_embeddings) == (3, 2048, True)
+    with pytest.raises(UserError, match=r"model.size = '3B' \(command line: model.size=3B\) is no preset; .*\b3b\b"):
+        load_config(CONFIGS / "llama-3b.yaml", ["model.size=3B"])
+    with pytest.raises(UserError, match=r"'lama' is no architecture here; did you mean llama\?"):
+        load_config(CONFIGS / "llama-3b.yaml", ["model.arch=lama"])
+    with pytest.raises(UserError, match=r"model = 'llama'.*should be a section"):
+        load_config(CONFIGS / "llama-3b.yaml", ["model=llama"])
+
+
+@pytest.mark.parametrize(
+    "overrides, words",
+    [
+        (["model.hidden=100", "model.heads=3"], ["model.hidden = 100", "model.heads = 3", "model.head_dim"]),
+        (["model.heads=4", "model.kv_heads=3"], ["model.heads = 4", "model.kv_heads = 3"]),
+        (["model.head_dim=7"], ["head dimension is 7", "even"]),
+        (["model.layers=0"], ["model.layers = 0"]),
+        (["optim.lr=0.001", "optim.min_lr=0.01"], ["optim.min_lr = 0.01", "optim.lr = 0.001"]),
+        (["optim.betas=[0.9, 1.0]"], ["optim.betas"]),
+        (["optim.betas=[0.9]"], ["optim.betas"]),
+        (["run.precision=fp16"], ["run.precision = 'fp16'", "bf16"]),
+        (["run.resume=maybe"], ["run.resume"]),
+        (["run.name=../elsewhere"], ["run.name"]),
+        (["run.micro_batch=0"], ["run.micro_batch = 0"]),
+        (["data.seq=-4"], ["data.seq = -4"]),
+        (["data.blend={a: 0.5, b: 0}"], ["data.blend"]),
+        (["optim.lr=.nan"], ["optim.lr"]),
+    ],
+)
+def test_impossible_values_are_refused_with_both_sides(overrides, words):
+    """A shape or a rate that fails in the middle of torch, an hour later and without a name."""
+    with pytest.raises(UserError) as caught:
+        load_config(CONFIGS / "llama-demo.yaml", overrides)
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+# ---- against the processes, the data and the disk
+
+
+def check(data: TinyData, folder: Path, world: int, *overrides: str) -> Any:
+    path, _ = tiny_run(data, folder)
+    config, tree = load_config(path, overrides)
+    return check_run(config, tree, world)
+
+
+def refusal(data: TinyData, folder: Path, world: int, *overrides: str) -> str:
+    """The message of a run that is refused, after making sure that nothing was written anywhere near."""
+    tiny_run(data, folder)
+    before = snapshot(folder), snapshot(data.train.parent)
+    with pytest.raises(UserError) as caught:
+        path = folder / "run.yaml"
+        config, tree = load_config(path, overrides)
+        check_run(config, tree, world)
+    assert (snapshot(folder), snapshot(data.train.parent)) == before, "a refused run wrote something"
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("world, micro, accumulation", [(1, 8, 1), (1, 2, 4), (2, 2, 2), (4, 1, 2), (8, 1, 1)])
+def test_accumulation_follows_from_the_global_batch(tiny_data, tmp_path, world, micro, accumulation):
+    """A step of another size on another number of processes is another training run."""
+    layout = check(tiny_data, tmp_path, world, f"run.micro_batch={micro}").layout
+    assert (layout.world, layout.data_parallel, layout.accumulation, layout.stage) == (world, world, accumulation, 1)
+    assert layout.deepspeed["train_batch_size"] == 8
+    assert layout.deepspeed["train_micro_batch_size_per_gpu"] * layout.deepspeed["gradient_accumulation_steps"] * world == 8
+    assert layout.deepspeed["gradient_clipping"] == 1.0 and layout.deepspeed["bf16"] == {"enabled": False}
+
+
+def test_global_batch_that_does_not_divide_names_what_would(tiny_data, tmp_path):
+    """A remainder that is dropped or repeated in silence; and the message must hold numbers that do work."""
+    message = refusal(tiny_data, tmp_path, 3)
+    assert "run.global_batch = 8" in message and "run.micro_batch = 2" in message and "3 processes" in message
+    assert "run.global_batch=6" in message and "2 processes" in message
+    assert check(tiny_data, tmp_path, 3, "run.global_batch=6").layout.accumulation == 1
+    assert check(tiny_data, tmp_path, 2).layout.accumulation == 2
+    message = refusal(tiny_data, tmp_path, 4, "run.micro_batch=3", "run.global_batch=20")
+    assert "run.global_batch=24" in message and "processes" not in message.partition("nearest")[2]
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_pipeline_with_zero_2_or_3_names_zero1(tiny_data, tmp_path, stage):
+    """DeepSpeed refuses it at run time, after the cluster was taken."""
+    message = refusal(tiny_data, tmp_path, 2, "parallel.pipeline=2", f"deepspeed=zero{stage}.json")
+    assert "parallel.pipeline = 2" in message and f"stage {stage}" in message and "zero1.json" in message
+
+
+@pytest.mark.parametrize("kind", ["tensor", "sequence"])
+def test_more_processes_than_a_layout_has_is_refused(tiny_data, tmp_path, kind):
+    """A layout asked for and not given: three ways on two processes, or a kind that is not built."""
+    message = refusal(tiny_data, tmp_path, 2, f"parallel.{kind}=3")
+    assert f"parallel.{kind} = 3" in message
+
+
+def test_deepspeed_file_that_says_another_number(tiny_data, tmp_path):
+    """Two places for one number: the file's would win in DeepSpeed, the config's in our own figures."""
+    (tmp_path / "mine.json").write_text('{"gradient_clipping": 0.5, "zero_optimization": {"stage": 1}}')
+    message = refusal(tiny_data, tmp_path, 1, f"deepspeed={tmp_path / 'mine.json'}")
+    assert "gradient_clipping = 0.5" in message and "optim.clip" in message and "mine.json" in message
+    assert check(tiny_data, tmp_path, 1, f"deepspeed={tmp_path / 'mine.json'}", "optim.clip=0.5").layout.stage == 1
+
+
+def test_deepspeed_file_is_found_beside_the_file_that_names_it(tiny_data, tmp_path, monkeypatch):
+    """A run moved with its DeepSpeed file must not need the user to stand in its folder."""
+    path, _ = tiny_run(tiny_data, tmp_path)
+    (tmp_path / "own.json").write_text('{"zero_optimization": {"stage": 2}}')
+    path.write_text(path.read_text().replace("zero1.json", "own.json"))
+    monkeypatch.chdir("/")
+    config, tree = load_config(path, [])
+    assert check_run(config, tree, 1).layout.stage == 2
+
+
+@pytest.mark.parametrize("vocab, legal", [(VOCAB - 1, False), (VOCAB, True), (256, True), (32000, False)])
+def test_vocabulary_must_be_the_tokenizers(tiny_data, tmp_path, vocab, legal):
+    """Ids past the embedding table crash on the GPU; a far larger table means that the data is another tokenizer's."""
+    if legal:
+        check(tiny_data, tmp_path, 1, f"model.vocab={vocab}")
+    else:
+        message = refusal(tiny_data, tmp_path, 1, f"model.vocab={vocab}")
+        assert f"model.vocab = {vocab}" in message and f"model.vocab={VOCAB}" in message
+
+
+def test_tokenizer_must_be_the_datas(tiny_data, tmp_path):
+    """Trained on ids of one tokenizer, exported with another: text out of it would be noise."""
+    check(tiny_data, tmp_path, 1, f"data.tokenizer={tiny_data.tokenizer}")
+    (tmp_path / "other.model").write_bytes(b"another tokenizer")
+    message = refusal(tiny_data, tmp_path, 1, f"data.tokenizer={tmp_path / 'other.model'}")
+    assert "other.model" in message and str(tiny_data.train) in message
+    assert "no such file" in refusal(tiny_data, tmp_path, 1, f"data.tokenizer={tmp_path / 'none.model'}")
+
+
+@pytest.mark.parametrize("where", ["train", "validation"])
+def test_datasets_of_two_tokenizers_do_not_mix(tiny_data, tmp_path, where):
+    """A blend, or a validation loss, over two vocabularies is meaningless and looks fine."""
+    shutil.copytree(tiny_data.train, tmp_path / "train")
+    shutil.copytree(tiny_data.validation, tmp_path / "validation")
+    write_tokens(tmp_path / where / "odd", "odd", [random_documents(5, 20)], tokenizer=b"another")
+    paths = [f"data.{kind}={tmp_path / kind}" for kind in ("train", "validation")]
+    message = refusal(tiny_data, tmp_path, 1, *paths)
+    assert "different tokenizers" in message and "odd" in message
+
+
+def test_blend_names_must_be_datasets(tiny_data, tmp_path):
+    """A misspelled source would get no samples, and the others all of its share."""
+    check(tiny_data, tmp_path, 1, "data.blend={a: 0.5, b: 0.5}")
+    write_tokens(tmp_path / "more" / "CommonCrawl", "CommonCrawl", [random_documents(5, 20)])
+    message = refusal(tiny_data, tmp_path, 1, f"data.train={tmp_path / 'more'}", "data.blend={ComonCrawl: 1}")
+    assert "ComonCrawl" in message and "did you mean CommonCrawl?" in message
+
+
+def test_evaluation_without_validation_data(tiny_data, tmp_path):
+    """Asked for by name and never done."""
+    message = refusal(tiny_data, tmp_path, 1, "data.validation=null", "run.eval_every=5")
+    assert "run.eval_every = 5" in message and "data.validation" in message
+    check(tiny_data, tmp_path, 1, "data.validation=null")
+    check(tiny_data, tmp_path, 1, "data.validation=null", "run.eval_every=0")
+
+
+def test_data_that_is_not_there_names_the_command(tiny_data, tmp_path):
+    """A wrong path, an empty folder or a data-prep job that was stopped half-way: told before a process starts."""
+    for path in (tmp_path / "nowhere", tmp_path / "empty", tmp_path / "half"):
+        if path.name != "nowhere":
+            path.mkdir()
+    (tmp_path / "half" / ".work").mkdir()
+    for name in ("nowhere", "empty", "half"):
+        for key in ("train", "validation"):
+            message = refusal(tiny_data, tmp_path, 1, f"data.{key}={tmp_path / name}")
+            assert name in message and "megaspark prep JOB.yaml" in message
+
+
+def test_dataset_shorter_than_a_sample(tiny_data, tmp_path):
+    """A sequence longer than the data would divide by zero samples."""
+    message = refusal(tiny_data, tmp_path, 1, "data.seq=100000")
+    assert "data.seq = 100000" in message and "too few" in message
+
+
+def test_checkpoint_that_does_not_fit_the_disk(tiny_data, tmp_path):
+    """The first save, hours in, would find the disk full."""
+    message = refusal(tiny_data, tmp_path, 1, "model.hidden=65536", "model.layers=100000")
+    assert "no space" in message and "run.dir" in message and str(tmp_path) in message
+    (tmp_path / "file").write_text("")
+    assert "is a file" in refusal(tiny_data, tmp_path, 1, f"run.dir={tmp_path / 'file'}")
+
+
+def test_resolved_config_says_everything_and_loads_again(tmp_path):
+    """The config.yaml in a run folder is the run: a default left out of it changes when the program does."""
+    config, _ = load_config(CONFIGS / "llama-30b.yaml", ["run.seed=5", "data.blend={C4: 0.3, ArXiv: 0.7}"])
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(config.resolved()))
+    assert load_config(path, [])[0] == config
+    for section in ("data", "optim", "parallel", "run"):
+        assert set(config.resolved()[section]) == set(type(getattr(config, section)).model_fields)
