@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from conftest import EOS
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
+from conftest import EOS
 from megaspark.batches import Batches, document_positions, make_batch
 
 

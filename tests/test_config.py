@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import CHECKOUT, VOCAB, TinyData, random_documents, snapshot, tiny_run, write_tokens
 
+from conftest import CHECKOUT, VOCAB, TinyData, random_documents, snapshot, tiny_run, write_tokens
 from megaspark import settings
 from megaspark.config import RunConfig, check_run, load_config
 from megaspark.data_prep.jobs import PrepSettings

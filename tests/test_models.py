@@ -5,12 +5,12 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import EOS
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from conftest import EOS
 from megaspark.batches import document_positions
 from megaspark.flops import parameters
 from megaspark.models import ARCHITECTURES, architecture, llama

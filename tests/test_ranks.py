@@ -8,8 +8,8 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import process_environment
 
+from conftest import process_environment
 from megaspark.ranks import Ranks, threads_per_process
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "OMP_NUM_THREADS")

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import EOS, VOCAB, write_tokens
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
+from conftest import EOS, VOCAB, write_tokens
 from megaspark.samples import WINDOW, Permutation, Samples, unigram_entropy
 from megaspark.shards import Manifest, TokenDataset, dtype_for
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+
 from conftest import CHECKOUT, Finished, TinyData, free_port, launch_deepspeed, process_environment, snapshot, tiny_run
 
 PRETRAIN = CHECKOUT / "megaspark" / "pretrain.py"

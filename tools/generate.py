@@ -35,7 +35,9 @@ def generate(folder: Path, prompts: list[str], tokens: int) -> list[str]:
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     on_gpu = torch.cuda.is_available()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto" if on_gpu else torch.float32)
