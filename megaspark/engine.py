@@ -80,6 +80,12 @@ class Engine:
         torch.distributed.all_gather_object(out, value)
         return out
 
+    def total(self, value: float) -> float:
+        """The sum of every process's `value`; NaN if one is."""
+        summed = torch.tensor(value, dtype=torch.float64, device=self.device)
+        torch.distributed.all_reduce(summed)
+        return summed.item()
+
     def close(self) -> None:
         """Leaves the process group; the engine is of no more use."""
         self.deepspeed.destroy()
@@ -91,9 +97,7 @@ class Engine:
 
     def _mean(self, losses: list[torch.Tensor]) -> float:
         # Equal numbers of tokens everywhere: the mean of means is the mean. Summed in fp64, so the order hardly matters.
-        total = torch.stack([loss.double() for loss in losses]).mean()
-        torch.distributed.all_reduce(total)
-        return total.item() / torch.distributed.get_world_size()
+        return self.total(torch.stack(losses).double().mean().item()) / torch.distributed.get_world_size()
 
 
 def build_model(config: Any, seed: int) -> nn.Module:

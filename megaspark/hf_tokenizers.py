@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import json
 import random
-import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
@@ -24,6 +23,8 @@ from pathlib import Path
 from typing import Any
 
 import sentencepiece
+from google.protobuf.message import DecodeError
+from sentencepiece import sentencepiece_model_pb2
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from megaspark.errors import UserError
@@ -31,7 +32,6 @@ from megaspark.manifests import write_atomically
 
 SPACE = "\u2581"
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # SentencePiece.Type of sentencepiece_model.proto
-BPE = 2  # TrainerSpec.ModelType
 LONGEST = 1 << 30
 ROLES = ("unk", "bos", "eos", "pad")
 ODD_WORDS = """<s> </s> <unk> <pad> <0x0A> <0xFF> <|endoftext|> [INST] the The ing tion er re in def f(x): return self. http://
@@ -282,74 +282,36 @@ def _escape(text: str) -> str:
     return "".join(c if c.isalnum() else f"\\x{{{ord(c):x}}}" for c in text)
 
 
-# --- the .model file: a protocol buffer, of which a few fields are needed
+# --- the .model file
 
 
 def read_model(path: Path) -> SentencePieceModel:
     """Reads a SentencePiece BPE model; raises UserError for another kind of model, or one `tokenizers` cannot express."""
+    model = sentencepiece_model_pb2.ModelProto()
     try:
-        raw = _message(path.read_bytes())
-        trainer = _message(raw[2][-1])
-        normalizer = _message(raw[3][-1]) if 3 in raw else {}
-        pieces = [_piece(_message(data)) for data in raw[1]]
-    except (KeyError, IndexError, struct.error, UnicodeDecodeError):
+        model.ParseFromString(path.read_bytes())
+    except DecodeError:
         raise UserError(f"{path}: not a SentencePiece model (a .model file, or a tokenizer.json, is needed)") from None
-    # Numbers and defaults of the fields: sentencepiece_model.proto, messages TrainerSpec and NormalizerSpec.
-    ids = {role: _signed(trainer.get(40 + i, [(0, 1, 2, -1)[i]])[-1]) for i, role in enumerate(ROLES)}
+    trainer, normalizer = model.trainer_spec, model.normalizer_spec
+    pieces = [(piece.piece, piece.score, piece.type) for piece in model.pieces]
     refusals = {
-        "is no BPE model (only BPE is supported)": trainer.get(3, [1])[-1] != BPE,
-        "writes its spaces behind words (treat_whitespace_as_suffix)": trainer.get(24, [0])[-1],
-        "does not write spaces as U+2581 (escape_whitespaces=false)": not normalizer.get(5, [1])[-1],
+        "holds no pieces": not pieces,
+        "is no BPE model (only BPE is supported)": trainer.model_type != trainer.BPE,
+        "writes its spaces behind words (treat_whitespace_as_suffix)": trainer.treat_whitespace_as_suffix,
+        "does not write spaces as U+2581 (escape_whitespaces=false)": not normalizer.escape_whitespaces,
         "has unused pieces": any(kind == UNUSED for _, _, kind in pieces),
-        "removes extra whitespaces but not those of its user-defined symbols": normalizer.get(4, [1])[-1]
+        "removes extra whitespaces but not those of its user-defined symbols": normalizer.remove_extra_whitespaces
         and any(kind == USER_DEFINED and {" ", SPACE} & set(text) for text, _, kind in pieces),
     }
     for reason, refused in refusals.items():
         if refused:
             raise UserError(f"{path} {reason}: tokenizers cannot give the same ids")
+    ids = {role: getattr(trainer, f"{role}_id") for role in ROLES}
     return SentencePieceModel(
         pieces=pieces,
-        byte_fallback=bool(trainer.get(35, [0])[-1]),
-        dummy_prefix=bool(normalizer.get(3, [1])[-1]),
-        remove_extra_whitespaces=bool(normalizer.get(4, [1])[-1]),
-        charsmap=normalizer.get(2, [b""])[-1],
+        byte_fallback=trainer.byte_fallback,
+        dummy_prefix=normalizer.add_dummy_prefix,
+        remove_extra_whitespaces=normalizer.remove_extra_whitespaces,
+        charsmap=normalizer.precompiled_charsmap,
         special_ids={role: i for role, i in ids.items() if 0 <= i < len(pieces)},
     )
-
-
-def _piece(fields: dict[int, list[Any]]) -> tuple[str, float, int]:
-    (score,) = struct.unpack("<f", fields[2][-1]) if 2 in fields else (0.0,)
-    return fields[1][-1].decode("utf-8"), score, fields.get(3, [NORMAL])[-1]
-
-
-def _message(data: bytes) -> dict[int, list[Any]]:
-    """One level of a protocol buffer: the values of each field number, ints or bytes (protobuf.dev, Encoding)."""
-    fields: dict[int, list[Any]] = {}
-    at = 0
-    while at < len(data):
-        key, at = _varint(data, at)
-        number, wire = key >> 3, key & 7
-        if wire == 0:
-            value, at = _varint(data, at)
-        elif wire in (1, 2, 5):
-            size, at = _varint(data, at) if wire == 2 else (8 if wire == 1 else 4, at)
-            value, at = data[at : at + size], at + size
-            if at > len(data):
-                raise IndexError("a field ends behind the file")
-        else:
-            raise KeyError(f"wire type {wire}")
-        fields.setdefault(number, []).append(value)
-    return fields
-
-
-def _varint(data: bytes, at: int) -> tuple[int, int]:
-    value = shift = 0
-    while True:
-        value |= (data[at] & 0x7F) << shift
-        at, shift = at + 1, shift + 7
-        if data[at - 1] < 0x80:
-            return value, at
-
-
-def _signed(value: int) -> int:
-    return value - (1 << 64) if value >> 63 else value

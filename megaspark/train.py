@@ -13,20 +13,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
 from megaspark import __version__, checkpoint, fragments, settings
 from megaspark.batches import Batches
 from megaspark.checkpoint import Checkpoint
 from megaspark.config import Checked, RunConfig, check_run, load_config
-from megaspark.energy import EnergyMeter
 from megaspark.engine import Engine, parameter_shapes, settle_accelerator
 from megaspark.errors import UserError
-from megaspark.flops import parameters, peak_flops, per_token
-from megaspark.meters import MetricsLog, StepMeter, terminal_line
 from megaspark.optim import CosineSchedule
 from megaspark.ranks import Ranks
+from megaspark.recorders import Recorder
 from megaspark.samples import Samples, unigram_entropy
 from megaspark.shards import TokenDataset
 
@@ -73,14 +70,16 @@ def train(checked: Checked, ranks: Ranks, start: Checkpoint | None) -> int:
     batches = _batches(checked, checked.train, ranks)
     held_out = _batches(checked, checked.validation, ranks) if checked.validation else None
     schedule = CosineSchedule(config.optim.lr, config.optim.min_lr, config.optim.warmup_steps, run.steps)
-    recorder = _Recorder(checked, ranks, engine, step, end)
+    recorder = Recorder(checked, ranks, engine, step, end)
     saved = True
     while step < end:
-        result = engine.step(batches.step(taken, run.global_batch), schedule(step))
-        lr, step, taken = schedule(step), step + 1, taken + run.global_batch
-        recorder.step(step, taken, result.loss, lr, result.grad_norm)
+        lr = schedule(step)
+        result = engine.step(batches.step(taken, run.global_batch), lr)
+        step, taken = step + 1, taken + run.global_batch
+        recorder.step(step, taken * config.data.seq, result.loss, lr, result.grad_norm)
         if held_out and run.eval_every and (step % run.eval_every == 0 or step == run.steps):
-            recorder.evaluation(step, taken, engine.evaluate(held_out.step(0, run.eval_batches * run.global_batch)))
+            loss = engine.evaluate(held_out.step(0, run.eval_batches * run.global_batch))
+            recorder.evaluation(step, taken * config.data.seq, loss)
         if step == end or (run.save_every and step % run.save_every == 0):
             saved = _save(checked, engine, ranks, step, taken)
             recorder.pause_over()
@@ -189,6 +188,8 @@ def _open_folder(checked: Checked) -> None:
         "unigram_entropy": unigram_entropy(checked.train),
     }
     (folder / "data.json").write_text(json.dumps(facts, indent=1) + "\n")
+    tokens = sum(dataset.tokens for dataset in checked.train.values())
+    print(f"training data: {tokens:,} tokens, unigram entropy {facts['unigram_entropy']:.3f} nats a token")
 
 
 def _batches(checked: Checked, datasets: Mapping[str, TokenDataset], ranks: Ranks) -> Batches:
@@ -229,67 +230,6 @@ def _save(checked: Checked, engine: Engine, ranks: Ranks, step: int, taken: int)
     if problem is not None:
         _say(ranks, f"CHECKPOINT NOT WRITTEN: {target}: {problem}; the run goes on, older checkpoints are untouched")
     return problem is None
-
-
-class _Recorder:
-    """Times steps and writes what they tell: metrics.jsonl, TensorBoard, a line on the terminal. Silent but on rank 0."""
-
-    def __init__(self, checked: Checked, ranks: Ranks, engine: Engine, step: int, end: int) -> None:
-        config = checked.config
-        self.config, self.ranks, self.end = config, ranks, end
-        self.log: MetricsLog | None = None
-        self.energy: EnergyMeter | None = None
-        if ranks.local_rank == 0:
-            self.energy = EnergyMeter()
-        if not ranks.first:
-            return
-        name = torch.cuda.get_device_name(engine.device) if engine.device.type == "cuda" else "cpu"
-        peak = peak_flops(name, config.run.precision)
-        flops = per_token(config.model.shape, config.data.seq)
-        self.meter = StepMeter(flops, None if peak is None else peak * ranks.world, config.run.global_batch * config.data.seq)
-        self.log = MetricsLog(config.folder)
-        dropped = self.log.keep_until(step)
-        layout, source = checked.layout, self.energy.source if self.energy else None
-        print(
-            f"{config.run.name}: {parameters(config.model.shape, config.model.tie_embeddings):,} parameters, "
-            f"{ranks.world} x {name}, {config.run.precision}, ZeRO {layout.stage}, accumulation {layout.accumulation}, "
-            f"{self.meter.tokens:,} tokens a step, steps {step} to {end}; energy: {source or 'not measured'}",
-            flush=True,
-        )
-        if dropped:
-            print(f"{dropped} lines of metrics after step {step} are computed again", flush=True)
-        self.pause_over()
-
-    def step(self, step: int, taken: int, loss: float, lr: float, grad_norm: float) -> None:
-        """Records one optimizer step."""
-        if not self.log:
-            return
-        joules = self.energy.read() if self.energy else None
-        tokens = taken * self.config.data.seq
-        line = self.meter.line(step=step, tokens=tokens, loss=loss, lr=lr, grad_norm=grad_norm, joules=joules)
-        self.log.write(line)
-        print(terminal_line(line, self.end), flush=True)
-
-    def evaluation(self, step: int, taken: int, loss: float) -> None:
-        """Records one evaluation."""
-        if self.log:
-            self.log.write({"step": step, "tokens": taken * self.config.data.seq, "split": "validation", "loss": loss})
-            print(f"step {step} validation loss {loss:.4f}", flush=True)
-        self.pause_over()
-
-    def pause_over(self) -> None:
-        """Leaves what was done since the last step out of the next one's time and energy."""
-        if self.log:
-            self.meter.restart()
-        if self.energy:
-            self.energy.read()
-
-    def close(self) -> None:
-        """Closes the files and the energy counter."""
-        if self.log:
-            self.log.close()
-        if self.energy:
-            self.energy.close()
 
 
 def _say(ranks: Ranks, text: str) -> None:

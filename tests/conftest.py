@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -158,8 +159,9 @@ def launch_processes(processes: int, script: Path, *arguments: str, timeout_s: f
     Ends them all when one fails or the time is up. stdout is rank 0's, stderr everybody's, one after the other.
     """
     port = str(free_port())
-    with tempfile.TemporaryDirectory() as folder:
-        outputs = [(open(f"{folder}/out{rank}", "w+"), open(f"{folder}/err{rank}", "w+")) for rank in range(processes)]
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        outputs = [((folder / f"out{rank}").open("w+"), (folder / f"err{rank}").open("w+")) for rank in range(processes)]
         children = [
             subprocess.Popen(
                 [sys.executable, str(script), *arguments], stdout=out, stderr=error, stdin=subprocess.DEVNULL, cwd=CHECKOUT,
@@ -171,20 +173,15 @@ def launch_processes(processes: int, script: Path, *arguments: str, timeout_s: f
             for rank, (out, error) in enumerate(outputs)
         ]  # fmt: skip
         codes = _wait_for_all(children, timeout_s)
-        for pair in outputs:
-            for file in pair:
-                file.seek(0)
-        stdout, stderr = outputs[0][0].read(), "\n".join(error.read() for _, error in outputs)
-        for pair in outputs:
-            for file in pair:
-                file.close()
+        for file in (file for pair in outputs for file in pair):
+            file.close()
+        stdout = (folder / "out0").read_text()
+        stderr = "\n".join((folder / f"err{rank}").read_text() for rank in range(processes))
     return Finished(next((code for code in codes if code), 0), stdout, stderr)
 
 
 def _wait_for_all(children: list[subprocess.Popen[bytes]], timeout_s: float) -> list[int]:
     """Exit statuses; as soon as one child fails, or when the time is up, the others are killed (status -9)."""
-    import time
-
     end = time.monotonic() + timeout_s
     while any(child.poll() is None for child in children):
         if time.monotonic() > end or any(child.poll() for child in children):

@@ -55,6 +55,7 @@ LAYOUTS = [(micro, world) for micro in (1, 2, 3, 4, 6, 12, 24) for world in (1, 
 
 def taken(micro: int, world: int, first: int, count: int) -> list[list[list[int]]]:
     """Per process, per micro-batch: the sample numbers, recovered from what is in the tensors."""
+
     def sample(i: int) -> np.ndarray:
         return np.array([i, i + 1])
 

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +44,7 @@ State = dict[str, dict[str, Tensor]]
 def random_state(seed: int, shapes: dict[str, tuple[int, ...]] = SHAPES) -> State:
     """By parameter and kind: 1-D fp32, with every bit pattern that a float may have but NaN."""
     generator = torch.Generator().manual_seed(seed)
-    return {
-        name: {kind: torch.randn(math.prod(shape), generator=generator) for kind in STATE} for name, shape in shapes.items()
-    }
+    return {name: {kind: torch.randn(math.prod(shape), generator=generator) for kind in STATE} for name, shape in shapes.items()}
 
 
 def cut(state: State, cuts: dict[str, list[int]], shapes: dict[str, tuple[int, ...]] = SHAPES) -> list[list[Fragment]]:
@@ -53,7 +52,7 @@ def cut(state: State, cuts: dict[str, list[int]], shapes: dict[str, tuple[int, .
     out: list[list[Fragment]] = [[] for _ in range(1 + max(map(len, cuts.values()), default=0))]
     for name, shape in shapes.items():
         bounds = [0, *sorted(cuts.get(name, [])), math.prod(shape)]
-        for rank, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+        for rank, (start, end) in enumerate(pairwise(bounds)):
             tensors = {kind: state[name][kind][start:end].clone() for kind in STATE}
             out[rank].append(Fragment(name, shape, start, end - start, tensors))
     return out

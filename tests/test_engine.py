@@ -17,11 +17,11 @@ import torch
 
 STAGES, WORLDS, PRECISIONS = range(4), (1, 2), ("fp32", "bf16")
 STEPS, SAVED_AT = 8, 4
-# A fp32 gradient summed in another order is off by about 1e-7 of its size, and Adam passes that on undamped to every step:
-# 8 steps, 1e-7 each. Forgetting anything shifts losses by 1e-4 and more (see test_what_is_forgotten_is_seen).
+# A gradient summed in another order is off by some roundings of 2^-24, and Adam passes that on undamped to each of 8 steps:
+# 1.1e-7 was the worst seen. Forgetting the moments or the step shifts losses by 5e-3 (test_what_is_forgotten_is_seen).
 FP32_TOLERANCE = 1e-6
-# In bf16 a weight's last bit is 4e-3 of it, and sums of gradients are rounded where the stage rounds them.
-BF16_TOLERANCE = 2e-3
+# In bf16 a weight's last bit is 4e-3 of it; 2.2e-4 was the worst seen. Resumed weights are compared by their bits besides.
+BF16_TOLERANCE = 1e-3
 # With eps this large the step follows the gradient's size, which AdamW otherwise takes out: wrong clipping then shows.
 CLIPPING = ["optim.clip=0.02", "optim.eps=0.01", "optim.lr=0.5", "optim.min_lr=0.1"]
 TIED = ["model.tie_embeddings=true", "run.global_batch=6", "run.micro_batch=1"]  # with it, an accumulation not a power of two
@@ -302,7 +302,7 @@ def test_bf16_is_fp32_within_noise(fresh, config, kind, overrides, steps, stage,
     losses, norms = plain_torch(config, overrides, steps)
     result = fresh[f"{kind} {stage} bf16 {world}"]
     assert worst(result["losses"], losses) <= BF16_TOLERANCE
-    assert worst(result["norms"], norms) <= 20 * BF16_TOLERANCE
+    assert worst(result["norms"], norms) <= 50 * BF16_TOLERANCE
 
 
 def test_every_layout_starts_from_the_same_bits(fresh):
@@ -340,19 +340,19 @@ def check_resumed(fresh: Any, result: dict[str, Any], pair: tuple[Any, ...]) -> 
         assert worst(result["losses"], rest) <= (FP32_TOLERANCE if precision == "fp32" else BF16_TOLERANCE), pair
 
 
-@pytest.mark.parametrize("pair", SAME, ids=lambda pair: "{0}x{1} {4}".format(*pair))
+@pytest.mark.parametrize("pair", SAME, ids=lambda pair: f"{pair[0]}x{pair[1]} {pair[4]}")
 def test_resumes_in_its_own_layout_bit_for_bit(fresh, resumed, pair):
     """Anything left out of a checkpoint, rounded in it or restored in another order."""
     check_resumed(fresh, resumed[" ".join(map(str, pair))], pair)
 
 
-@pytest.mark.parametrize("pair", OTHER, ids=lambda pair: "{0}x{1} to {2}x{3} {4}".format(*pair))
+@pytest.mark.parametrize("pair", OTHER, ids=lambda pair: f"{pair[0]}x{pair[1]} to {pair[2]}x{pair[3]} {pair[4]}")
 def test_resumes_in_another_layout(fresh, resumed, pair):
     """The traps of every stage: partitions padded on the last rank, only the first group linked, weights not pushed."""
     check_resumed(fresh, resumed[" ".join(map(str, pair))], pair)
 
 
-@pytest.mark.parametrize("pair", FORGETFUL, ids=lambda pair: "{5} at {0} {4}".format(*pair))
+@pytest.mark.parametrize("pair", FORGETFUL, ids=lambda pair: f"{pair[5]} at {pair[0]} {pair[4]}")
 def test_what_is_forgotten_is_seen(fresh, resumed, pair):
     """The comparisons above are worth nothing if a resume without moments, step or push passed them too."""
     result = resumed[" ".join(map(str, pair))]

@@ -72,6 +72,7 @@ def test_rms_norm_of_tiny_and_huge_rows():
 @pytest.mark.parametrize("dtype, factor", [(torch.float32, 8), (torch.bfloat16, 4)])
 def test_swiglu(dtype, factor):
     """The gate and the value exchanged, or the gradient of silu."""
+
     def plain(gate: Tensor, up: Tensor) -> Tensor:
         return gate / (1 + torch.exp(-gate)) * up
 

@@ -106,8 +106,8 @@ def test_the_comparison_would_see_a_mistake(mutation):
         MUTATIONS[mutation](state, "model.layers.0.self_attn.")
         theirs.load_state_dict(state)
     else:
-        changes = {"rms_norm_eps": 2e-5} if mutation == "epsilon" else {"rope_parameters": {"rope_type": "default", "rope_theta": 10001.0}}
-        theirs = hf_model(model, **changes)
+        theta = {"rope_parameters": {"rope_type": "default", "rope_theta": 10001.0}}
+        theirs = hf_model(model, **({"rms_norm_eps": 2e-5} if mutation == "epsilon" else theta))
     assert difference(model, theirs) > 3 * LIMIT
 
 
@@ -199,9 +199,10 @@ def test_without_positions_attention_runs_over_the_whole_sample():
     model = random_model(config_of())
     tokens, positions = packed(model.config, [9, 7])
     assert (model(tokens)[:, 9:] - model(tokens, positions)[:, 9:]).abs().max() > 1e-2
-    assert torch.equal(model(tokens), model(tokens, torch.arange(16)[None])) or (
-        model(tokens) - model(tokens, torch.arange(16)[None])
-    ).abs().max() < LIMIT
+    assert (
+        torch.equal(model(tokens), model(tokens, torch.arange(16)[None]))
+        or (model(tokens) - model(tokens, torch.arange(16)[None])).abs().max() < LIMIT
+    )
 
 
 # ---- weights
@@ -212,9 +213,7 @@ def test_names_cover_every_parameter(arch):
     """A parameter without a Hugging Face name would be left out of the export, and be random there."""
     module = architecture(arch)
     model = module.Model(module.Config(**module.SIZES["demo"]))
-    generic = {
-        ".".join("{i}" if part.isdigit() else part for part in name.split(".")) for name, _ in model.named_parameters()
-    }
+    generic = {".".join("{i}" if part.isdigit() else part for part in name.split(".")) for name, _ in model.named_parameters()}
     assert generic == set(module.HF_NAMES)
     assert len(set(module.HF_NAMES.values())) == len(module.HF_NAMES)
     count = sum(p.numel() for p in model.parameters())

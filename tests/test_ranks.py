@@ -65,9 +65,7 @@ time.sleep(60)
 @pytest.mark.skipif(sys.platform != "linux", reason="prctl is Linux's")
 def test_process_ends_with_its_launcher():
     """A launcher killed with -9 leaves workers that hold their GPUs, and nobody knows."""
-    parent = subprocess.Popen(
-        [sys.executable, "-c", PARENT, CHILD], stdout=subprocess.PIPE, text=True, env=process_environment()
-    )
+    parent = subprocess.Popen([sys.executable, "-c", PARENT, CHILD], stdout=subprocess.PIPE, text=True, env=process_environment())
     assert parent.stdout is not None
     child = int(parent.stdout.readline())
     assert alive(child)

@@ -195,10 +195,16 @@ def test_checkpoint_of_another_model_or_data_is_refused(finished: Path, tiny_dat
 @pytest.mark.launch
 @pytest.mark.parametrize("how", ["path", "module"])
 def test_launcher_finds_us_from_anywhere(how: str, tiny_data: TinyData, tmp_path: Path) -> None:
-    """By path from another folder, not installed, our package must be found and our module names must shadow nobody's."""
+    """By path from another folder, not installed, our package must be found and our module names must shadow nobody's.
+
+    Nothing may be compiled at the start: it takes minutes, needs a compiler, and hangs for ever on a stale lock.
+    """
     config, overrides = tiny_run(tiny_data, tmp_path, run__steps="1", run__eval_every="0")
     command = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", "1", "--master_port", str(free_port())]
-    environment = process_environment()
+    stale = tmp_path / "extensions" / "deepspeed_shm_comm" / "lock"  # as a build that was killed leaves it
+    stale.parent.mkdir(parents=True)
+    stale.touch()
+    environment = process_environment(TORCH_EXTENSIONS_DIR=str(stale.parents[1]))
     del environment["PYTHONPATH"]
     what = [str(PRETRAIN)] if how == "path" else ["--module", "megaspark.pretrain"]
     cwd = tmp_path if how == "path" else CHECKOUT
@@ -206,6 +212,7 @@ def test_launcher_finds_us_from_anywhere(how: str, tiny_data: TinyData, tmp_path
     done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-3000:]
     assert len(losses(tmp_path / "runs/tiny")) == 1
+    assert [path for path in stale.parents[1].rglob("*") if path.is_file()] == [stale], "something was compiled"
 
 
 def test_full_disk_stops_the_save_not_the_run(tiny_data: TinyData, tmp_path: Path, run_python: Callable[..., Finished]) -> None:
