@@ -203,6 +203,8 @@ def prune(run: Path, keep: int) -> None:
 def _attempt(action: Callable[[], Any]) -> str | None:
     try:
         action()
+    except UserError as error:
+        return str(error)
     except (OSError, SafetensorError) as error:
         return f"{type(error).__name__}: {error}"
     return None

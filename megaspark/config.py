@@ -187,11 +187,11 @@ def _layout(config: RunConfig[Any], file: DeepSpeedFile, world: int) -> Layout:
     per_pass = run.micro_batch * data_parallel
     if run.global_batch % per_pass:
         legal = [w for w in range(world, 0, -1) if run.global_batch % (run.micro_batch * w) == 0]
-        up = -(-run.global_batch // per_pass) * per_pass
+        near = max(1, (run.global_batch + per_pass // 2) // per_pass) * per_pass
         other = f" or {legal[0]} processes" if legal else ""
         raise UserError(
             f"run.global_batch = {run.global_batch} does not divide into run.micro_batch = {run.micro_batch} x "
-            f"{data_parallel} processes; nearest: run.global_batch={up}{other}"
+            f"{data_parallel} processes; nearest: run.global_batch={near}{other}"
         )
     accumulation = run.global_batch // per_pass
     owned = {

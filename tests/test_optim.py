@@ -17,7 +17,8 @@ def test_cosine_with_warmup(warmup, steps, lr, ratio):
     warmup = min(warmup, steps - 1)
     schedule = CosineSchedule(lr, ratio * lr, warmup, steps)
     rates = [schedule(step) for step in range(steps)]
-    assert all(0 < rate <= lr * (1 + 1e-12) or ratio == 0 for rate in rates)
+    assert all(0 < rate <= lr * (1 + 1e-12) for rate in rates[:-1])
+    assert min(rates[warmup:]) >= ratio * lr * (1 - 1e-12)
     assert rates[:warmup] == pytest.approx([lr * (step + 1) / warmup for step in range(warmup)])
     assert rates[warmup] == pytest.approx(lr)
     assert rates[warmup:] == sorted(rates[warmup:], reverse=True)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
+import shutil
+import signal
 import subprocess
 from pathlib import Path
 
@@ -56,6 +59,13 @@ def test_quickstart_tells_what_it_lacks() -> None:
         assert done.returncode == 2 and word in done.stderr
 
 
+def typed(line: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """What happens when `line` is typed in `folder`."""
+    return subprocess.run(
+        line, shell=True, cwd=folder, env=process_environment(), capture_output=True, text=True, timeout=300
+    )  # fmt: skip
+
+
 @pytest.mark.launch
 def test_readme_road_from_text_to_text(tmp_path: Path) -> None:
     """The commands one after the other, as typed, only with fewer steps: each must find what the one before it left."""
@@ -66,7 +76,7 @@ def test_readme_road_from_text_to_text(tmp_path: Path) -> None:
         if line.startswith("deepspeed"):
             line = line.replace("deepspeed ", f"deepspeed --master_port {free_port()} ", 1)
             line += " run.steps=30 run.save_every=0 run.eval_every=15 run.eval_batches=1 optim.warmup_steps=5 data.seq=64"
-        done = subprocess.run(line, shell=True, cwd=tmp_path, env=process_environment(), capture_output=True, text=True, timeout=300)
+        done = typed(line, tmp_path)
         assert done.returncode == 0, f"{line}\n{done.stdout[-1000:]}\n{done.stderr[-3000:]}"
         outputs.append(done.stdout)
     lines = [json.loads(line) for line in (tmp_path / "runs/demo/metrics.jsonl").read_text().splitlines()]
@@ -77,5 +87,36 @@ def test_readme_road_from_text_to_text(tmp_path: Path) -> None:
     assert size > 10e6 / 8 * 2  # at least 10 MB of text at under 8 bytes a token, 2 bytes each
     assert (tmp_path / "runs/demo/loss.svg").stat().st_size > 1000
     assert "'def __init__(self, name'" in outputs[-1]
-    again = subprocess.run(ROAD[2], shell=True, cwd=tmp_path, env=process_environment(), capture_output=True, text=True)
+    again = typed(ROAD[2], tmp_path)
     assert again.returncode == 0 and "nothing to do" in again.stdout
+
+
+@pytest.mark.long
+@pytest.mark.launch
+def test_quickstart_goes_on_after_ctrl_c_at_any_point(tmp_path: Path) -> None:
+    """Interrupted in the corpus, the tokenizer, the shards, the training, the export: started again, it must end well."""
+    listed = subprocess.run(["git", "ls-files"], cwd=CHECKOUT, capture_output=True, text=True, check=True).stdout
+    for name in listed.splitlines():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(CHECKOUT / name, tmp_path / name)
+    (tmp_path / ".venv").symlink_to(CHECKOUT / ".venv")
+    said = ""
+    for seconds in (1, 3, 6, 9, 12, 20, 45, 80, 10_000):
+        with open(tmp_path / "output", "w+") as output:
+            child = subprocess.Popen(
+                [tmp_path / "quickstart"], cwd=tmp_path, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
+                start_new_session=True, env=process_environment(OMP_NUM_THREADS=""),
+            )  # fmt: skip
+            try:
+                child.wait(seconds)
+            except subprocess.TimeoutExpired:
+                os.killpg(child.pid, signal.SIGINT)
+                child.wait(30)
+            output.seek(0)
+            said = output.read()
+        if child.returncode == 0:
+            break
+    assert child.returncode == 0 and "continuation" in said, said[-3000:]
+    metrics = (tmp_path / "runs/demo/metrics.jsonl").read_text().splitlines()
+    steps = [line["step"] for line in map(json.loads, metrics) if "split" not in line]
+    assert steps == list(range(1, len(steps) + 1)) and len(steps) == load_config("llama-demo.yaml", [])[0].run.steps
