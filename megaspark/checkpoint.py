@@ -2,9 +2,9 @@
 
 A checkpoint is a folder `step_00001000/` of safetensors files, one a process, each with 1-D fp32 fragments under the keys
 "NAME/master", "NAME/exp_avg" and "NAME/exp_avg_sq", and `checkpoint.json`: the step, the number of samples taken, what the run
-is, each parameter's shape and fragments (file, start, length), each file's size and sha256. It is written under another name
-and renamed when everything is on the disk: it exists whole or not at all. Nothing in it is pickled. The random state of a run
-is its seed and step, so none is saved.
+is, each parameter's shape and fragments (file, start, length), the size and sha256 of every file and of itself. It is written
+under another name and renamed when everything is on the disk: it exists whole or not at all. Nothing in it is pickled. The
+random state of a run is its seed and step, so none is saved.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from torch import Tensor
 
 from megaspark.errors import UserError
 from megaspark.fragments import STATE, Fragment
+from megaspark.settings import digest
 
 FORMAT = 1
 INDEX = "checkpoint.json"
@@ -63,12 +64,15 @@ class Checkpoint:
                 for name, entry in index["parameters"].items()
             }
             version, self.step = index["format"], int(self.state["step"])
+            intact = index["sha256"] == _own_digest(index)
         except FileNotFoundError:
             raise BadCheckpoint(f"{folder} is no checkpoint: it has no {INDEX}") from None
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise BadCheckpoint(f"{path} is damaged ({type(error).__name__}: {error})") from None
         if version != FORMAT:
             raise BadCheckpoint(f"{path} is of format {version}; this version reads {FORMAT}")
+        if not intact:
+            raise BadCheckpoint(f"{path} has changed: its sha256 is not the one that it says")
         self._check_coverage(path)
         self._open: dict[str, Any] = {}
 
@@ -237,6 +241,7 @@ def _complete(partial: Path, folder: Path, state: dict[str, Any], entries: list[
             parameters.setdefault(name, {"shape": shape, "fragments": []})["fragments"].append(piece)
     files = {name: facts for entry in entries for name, facts in entry["file"].items()}
     index = {"format": FORMAT, "state": state, "files": files, "parameters": parameters}
+    index["sha256"] = _own_digest(index)
     _write_file(partial / INDEX, json.dumps(index, indent=1, ensure_ascii=False))
     Checkpoint(partial)  # whatever is missing is found now, not at the next start
     _sync_folder(partial)
@@ -244,6 +249,11 @@ def _complete(partial: Path, folder: Path, state: dict[str, Any], entries: list[
         shutil.rmtree(folder)
     partial.rename(folder)
     _sync_folder(folder.parent)
+
+
+def _own_digest(index: dict[str, Any]) -> str:
+    """The sha256 of all that an index says but its own sha256."""
+    return digest(json.loads(json.dumps({key: value for key, value in index.items() if key != "sha256"})))
 
 
 def _write_file(path: Path, text: str) -> None:

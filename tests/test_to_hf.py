@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ def write_run(run: Path, tokenizer: Path, **model: Any) -> tuple[Path, torch.nn.
     for name, parameter in weights.named_parameters():
         flat = parameter.detach().flatten()
         cuts = [0, flat.numel() // 5, flat.numel() // 2, flat.numel()]
-        for rank, (start, end) in enumerate(zip(cuts, cuts[1:], strict=False)):
+        for rank, (start, end) in enumerate(pairwise(cuts)):
             piece = flat[start:end]
             tensors = {"master": piece, "exp_avg": torch.zeros_like(piece), "exp_avg_sq": torch.zeros_like(piece)}
             held[rank].append(Fragment(name, tuple(parameter.shape), start, end - start, tensors))
