@@ -91,7 +91,9 @@ def read(path: str | Path, overrides: Sequence[str]) -> Tree:
 def check(tree: Tree, schema: type[SettingsT]) -> SettingsT:
     """Validates a tree against `schema`; raises UserError naming the first mistake, its place and the nearest right key."""
     for key, choices in unknown_keys(tree.values, schema):
-        raise UserError(f"unknown key {key} ({tree.place(key)}){nearest(key, choices)}")
+        elsewhere = [known for known in dotted_keys(schema) if known.rpartition(".")[2] == key.rpartition(".")[2]]
+        hint = f"; did you mean {elsewhere[0]}?" if elsewhere else nearest(key, choices)
+        raise UserError(f"unknown key {key} ({tree.place(key)}){hint}")
     try:
         return schema.model_validate(tree.values)
     except ValidationError as error:
@@ -202,6 +204,14 @@ def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
             yield f"{prefix}{name}", value
 
 
+def dotted_keys(schema: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """Every key of `schema` and of the sections inside it."""
+    for name, field_info in schema.model_fields.items():
+        yield f"{prefix}{name}"
+        for section in _sections(field_info.annotation):
+            yield from dotted_keys(section, f"{prefix}{name}.")
+
+
 def unknown_keys(values: Mapping[str, Any], schema: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, list[str]]]:
     """Yields (dotted key, known dotted keys beside it) for every key that `schema`, or a section inside it, does not have."""
     fields = {alias: f for name, f in schema.model_fields.items() for alias in {name, f.alias or name}}
@@ -210,7 +220,10 @@ def unknown_keys(values: Mapping[str, Any], schema: type[BaseModel], prefix: str
         if name not in fields:
             yield f"{prefix}{name}", choices
         elif isinstance(value, Mapping):
-            annotation = fields[name].annotation
-            inner = [t for t in (annotation, *get_args(annotation)) if isinstance(t, type) and issubclass(t, BaseModel)]
-            if inner:
-                yield from unknown_keys(value, inner[0], f"{prefix}{name}.")
+            for section in _sections(fields[name].annotation)[:1]:
+                yield from unknown_keys(value, section, f"{prefix}{name}.")
+
+
+def _sections(annotation: Any) -> list[type[BaseModel]]:
+    """The schemas that an annotation holds, such as the one of `Section | None`."""
+    return [t for t in (annotation, *get_args(annotation)) if isinstance(t, type) and issubclass(t, BaseModel)]

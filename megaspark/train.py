@@ -32,7 +32,7 @@ DEMO = "llama-demo.yaml"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Trains as the command line says; returns the exit status. Raises UserError before anything is written or started."""
-    args = _parser().parse_args(argv)
+    args = _parser().parse_intermixed_args(argv)
     ranks = Ranks.from_environment()
     settle_accelerator()
     config, tree = load_config(args.config, args.overrides)
