@@ -1,6 +1,7 @@
 """Text to token ids and back, by the tokenizers that define what is right: sentencepiece and Hugging Face `tokenizers`.
 
-A special token spelled out in a text (`</s>`, `<|endoftext|>`) is text like any other: only data_prep itself adds EOS and BOS.
+Faster libraries that give the same ids are in fast_encoders. A special token spelled out in a text (`</s>`,
+`<|endoftext|>`) is text like any other: only data_prep itself adds EOS and BOS.
 """
 
 from __future__ import annotations
@@ -9,8 +10,9 @@ import json
 import os
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -24,17 +26,37 @@ USUAL_NAMES = {
 }
 
 
-class Encoder(Protocol):
-    """A tokenizer; `vocab` is one more than its highest id, `sha256` that of its file."""
+class Ids(NamedTuple):
+    """The ids of texts laid end to end, shape (tokens,), and how many each text has, shape (texts,) int64."""
+
+    flat: np.ndarray
+    lengths: np.ndarray
+
+
+class BatchEncoder(Protocol):
+    """What turns texts into ids, without BOS or EOS, on the calling thread alone; texts hold no lone surrogate."""
+
+    def encode(self, texts: Sequence[str]) -> Ids:
+        """The ids of all texts."""
+        ...
+
+
+class Encoder(BatchEncoder, Protocol):
+    """A reference tokenizer; `vocab` is one more than its highest id, `sha256` that of its file.
+
+    `library` is who wrote it, `special_texts` are what its special tokens look like, spelled out.
+    """
 
     name: str
+    library: str
     sha256: str
     vocab: int
     eos_id: int
     bos_id: int | None
+    special_texts: tuple[str, ...]
 
-    def encode_batch(self, texts: list[str]) -> list[list[int]] | list[np.ndarray]:
-        """The ids of each text, without BOS or EOS; on the calling thread alone."""
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of each text."""
         ...
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -56,8 +78,16 @@ def load_tokenizer(path: str | Path) -> Encoder:
     return HuggingFaceEncoder(path) if is_json else SentencePieceEncoder(path)
 
 
+def joined(ids: Sequence[Sequence[int]]) -> Ids:
+    """Lists of ids as arrays."""
+    lengths = np.fromiter(map(len, ids), np.int64, len(ids))
+    return Ids(np.fromiter(chain.from_iterable(ids), np.int32, int(lengths.sum())), lengths)
+
+
 class SentencePieceEncoder:
     """A sentencepiece `.model`."""
+
+    library = "sentencepiece"
 
     def __init__(self, path: Path):
         import sentencepiece
@@ -72,9 +102,14 @@ class SentencePieceEncoder:
         self.bos_id = self._model.bos_id() if self._model.bos_id() >= 0 else None
         if self.eos_id < 0:
             raise UserError(f"{path}: this sentencepiece model has no end-of-text token")
+        model, ids = self._model, range(self.vocab)
+        self.special_texts = tuple(model.id_to_piece(i) for i in ids if model.is_control(i) or model.is_unknown(i))
 
-    def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        return self._model.encode(texts, out_type=int, num_threads=1)
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return self._model.encode(list(texts), out_type=int, num_threads=1)
+
+    def encode(self, texts: Sequence[str]) -> Ids:
+        return joined(self.encode_batch(texts))
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._model.decode(_without_ends(ids, self))
@@ -82,6 +117,8 @@ class SentencePieceEncoder:
 
 class HuggingFaceEncoder:
     """A Hugging Face `tokenizer.json`; its special tokens are named by the tokenizer_config.json beside it, if there is one."""
+
+    library = "tokenizers"
 
     def __init__(self, path: Path):
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the cores are taken by processes
@@ -96,7 +133,8 @@ class HuggingFaceEncoder:
         self._model.no_truncation()
         self._model.no_padding()
         ids = self._model.get_vocab(with_added_tokens=True)
-        names = _special_names(path, {token.content for token in self._model.get_added_tokens_decoder().values()})
+        self.special_texts = tuple(token.content for token in self._model.get_added_tokens_decoder().values())
+        names = _special_names(path, set(self.special_texts))
         self.vocab = max(ids.values(), default=-1) + 1
         self.bos_id = ids.get(names["bos"])
         eos_id = ids.get(names["eos"])
@@ -105,8 +143,11 @@ class HuggingFaceEncoder:
             raise UserError(f"{path}: no end-of-text token found (looked for {names['eos'] or USUAL_NAMES['eos']}){known}")
         self.eos_id = eos_id
 
-    def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        return [encoding.ids for encoding in self._model.encode_batch_fast(texts, add_special_tokens=False)]
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return [encoding.ids for encoding in self._model.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def encode(self, texts: Sequence[str]) -> Ids:
+        return joined(self.encode_batch(texts))
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._model.decode(_without_ends(ids, self), skip_special_tokens=False)

@@ -6,32 +6,43 @@ number of workers, any order in which they finish, and any interruption.
 
 from __future__ import annotations
 
-import glob
-import os
-from collections.abc import Iterator, Sequence
+import random
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
 from megaspark import settings
-from megaspark.data_prep.documents import SUFFIXES, check_suffix
-from megaspark.data_prep.encode import Encoder, load_tokenizer
-from megaspark.data_prep.steps import Spec, load_steps
+from megaspark.data_prep.documents import Document, read_documents
+from megaspark.data_prep.encode import BatchEncoder, Encoder, load_tokenizer
+from megaspark.data_prep.fast_encoders import AUTO, REFERENCE, load_encoder
+from megaspark.data_prep.sources import DATASET, InputFile, dataset_name, find_inputs
+from megaspark.data_prep.steps import Spec, Step, load_steps
 from megaspark.errors import UserError
 
 # Tokens that 100 bytes of a file are taken for when work is cut into units. SlimPajama: 627e9 tokens in 895e9 bytes of .zst;
-# 4 bytes of plain text a token; gzip between the two.
-_TOKENS_PER_100_BYTES = {".jsonl": 25, ".gz": 60, ".zst": 70}
+# 4 bytes of plain text a token, which is also what a dataset says of itself; gzip and parquet between the two.
+_TOKENS_PER_100_BYTES = {".jsonl": 25, ".gz": 60, ".zst": 70, ".parquet": 50}
+_FREE = {"input", "output", "tokenizer", "workers", "on_bad_input", "encoder"}  # settings that decide no byte of the output
+_SAMPLE_FILES = 512
+_SAMPLE_CHARS = 1 << 21
 
 
 class PrepSettings(settings.Section):
-    """A data-prep job as its YAML file says it; paths are relative to the current folder."""
+    """A data-prep job as its YAML file says it; paths are relative to the current folder.
+
+    `input` may hold paths, globs, URLs of fsspec's and datasets, `holdout` is the fraction of texts that go to OUTPUT/holdout.
+    """
 
     input: list[str]
     output: str
     tokenizer: str
+    encoder: Literal["auto", "reference", "gigatoken", "kitoken"] = AUTO
+    holdout: float = Field(default=0.0, ge=0, lt=1)
     split_by: Literal["source"] | None = None
     shard_tokens: int = Field(default=1 << 30, gt=0)
     append_eos: bool = True
@@ -45,22 +56,10 @@ class PrepSettings(settings.Section):
     @field_validator("input", mode="before")
     @classmethod
     def _one_or_many(cls, value: Any) -> Any:
-        return [value] if isinstance(value, str) else value
-
-
-@dataclass(frozen=True)
-class InputFile:
-    """An input file as it was when the work was planned."""
-
-    path: str
-    size_bytes: int
-    mtime_ns: int
-
-    def check_unchanged(self) -> None:
-        """Raises UserError if the file is no longer what was planned for."""
-        stat = os.stat(self.path)
-        if (stat.st_size, stat.st_mtime_ns) != (self.size_bytes, self.mtime_ns):
-            raise UserError(f"{self.path} changed while it was read; start the job anew, with another output")
+        values = [value] if isinstance(value, str | Mapping) else value
+        if not isinstance(values, Sequence):
+            return values
+        return [dataset_name(item) if isinstance(item, Mapping) else item for item in values]
 
 
 @dataclass(frozen=True)
@@ -78,11 +77,13 @@ class Unit:
 
 @dataclass(frozen=True)
 class Job:
-    """A checked job: all that a worker must know, and it pickles."""
+    """A checked job: all that a worker must know, and it pickles; `encoder_name` is what it runs, for the same ids."""
 
     settings: PrepSettings
     tokenizer_sha256: str
     units: tuple[Unit, ...]
+    encoder_name: str = REFERENCE
+    step_inputs: tuple[str, ...] = ()  # fingerprints of what steps read beside the documents
 
     @property
     def output(self) -> Path:
@@ -101,19 +102,23 @@ class Job:
             raise UserError(f"{self.settings.tokenizer} changed since the job began; start it anew, with another output")
         return encoder
 
+    def batch_encoder(self) -> BatchEncoder:
+        """What the job runs: the job's tokenizer, or a faster one with the same ids."""
+        return load_encoder(self.encoder_name, self.settings.tokenizer)
+
     def identity(self) -> dict[str, Any]:
         """Everything that decides the bytes of the output, as JSON: a job may go on only with the same."""
-        free = {"input", "output", "tokenizer", "workers", "on_bad_input"}
         return {
-            "settings": self.settings.model_dump(exclude=free),
+            "settings": self.settings.model_dump(exclude=_FREE),
             "tokenizer_sha256": self.tokenizer_sha256,
-            "inputs": [[file.path, file.size_bytes, file.mtime_ns] for file in self.files],
+            "step_inputs": list(self.step_inputs),
+            "inputs": [[file.path, file.size_bytes, file.version] for file in self.files],
         }
 
     def settings_sha256(self) -> str:
         """The hash of the settings and the tokenizer, without the input."""
         identity = self.identity()
-        return settings.digest([identity["settings"], identity["tokenizer_sha256"]])
+        return settings.digest([identity["settings"], identity["tokenizer_sha256"], identity["step_inputs"]])
 
 
 def load_job(path: str, overrides: Sequence[str]) -> Job:
@@ -122,40 +127,24 @@ def load_job(path: str, overrides: Sequence[str]) -> Job:
     encoder = load_tokenizer(chosen.tokenizer)
     if chosen.prepend_bos and encoder.bos_id is None:
         raise UserError(f"prepend_bos: {chosen.tokenizer} has no begin-of-text token")
-    load_steps(chosen.steps)
-    return Job(chosen, encoder.sha256, tuple(plan_units(find_inputs(chosen.input), chosen.shard_tokens)))
+    fingerprints = tuple(_fingerprints(load_steps(chosen.steps)))
+    units = tuple(plan_units(find_inputs(chosen.input), chosen.shard_tokens))
+    return Job(chosen, encoder.sha256, units, step_inputs=fingerprints)
 
 
-def find_inputs(patterns: Sequence[str]) -> list[InputFile]:
-    """The files that the patterns match, sorted by path; one file found twice is kept once, by whatever name it was found.
-
-    Raises UserError for a pattern that matches no file and for a file of an unknown kind.
-    """
-    names: set[str] = set()
-    for pattern in patterns:
-        found = [pattern] if os.path.isfile(pattern) else glob.glob(pattern, recursive=True)
-        found = [path for path in found if not os.path.isdir(path)]
-        if not found:
-            files = f"; it is a folder, its files are {pattern}/**/*.jsonl.zst" if os.path.isdir(pattern) else ""
-            raise UserError(f"input: no file matches {pattern!r} in {os.getcwd()}{files}")
-        names.update(found)
-    by_file: dict[str, str] = {}
-    for name in sorted(names):
-        check_suffix(name)
-        if not os.path.isfile(name):
-            raise UserError(f"input: {name} is no file (a link to nothing?)")
-        by_file.setdefault(os.path.realpath(name), name)
-    if not by_file:
-        raise UserError(f"input: names no file (of the kinds {', '.join(SUFFIXES)})")
-    stats = {name: os.stat(name) for name in by_file.values()}
-    return [InputFile(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()]
+def _fingerprints(steps: Sequence[Step]) -> Iterator[str]:
+    """What the steps that read more than documents say of it, by the `fingerprint` of their modules."""
+    for step in steps:
+        fingerprint = getattr(sys.modules[step.function.__module__], "fingerprint", None)
+        if fingerprint:
+            yield fingerprint(**step.arguments)
 
 
 def plan_units(files: Sequence[InputFile], shard_tokens: int) -> Iterator[Unit]:
     """Groups consecutive files until the next would bring the estimate over `shard_tokens`."""
     number, group, tokens = 0, [], 0
     for file in files:
-        estimate = file.size_bytes * _TOKENS_PER_100_BYTES[Path(file.path).suffix] // 100
+        estimate = _estimated_tokens(file, shard_tokens)
         if group and tokens + estimate > shard_tokens:
             yield Unit(number, tuple(group))
             number, group, tokens = number + 1, [], 0
@@ -165,12 +154,42 @@ def plan_units(files: Sequence[InputFile], shard_tokens: int) -> Iterator[Unit]:
         yield Unit(number, tuple(group))
 
 
+def _estimated_tokens(file: InputFile, shard_tokens: int) -> int:
+    """About how many tokens a file makes; one of unknown size is taken for a whole unit."""
+    if file.path.startswith(DATASET):
+        return file.size_bytes // 4 or shard_tokens
+    return file.size_bytes * _TOKENS_PER_100_BYTES[Path(file.path).suffix] // 100
+
+
+def sample_texts(job: Job) -> list[str]:
+    """About two million characters of the job's own text: the first documents of files from all over the input."""
+    files = list(job.files)
+    chosen = random.Random(0).sample(files, min(_SAMPLE_FILES, len(files)))
+    texts: list[str] = []
+    total_chars = 0
+    for file in chosen:
+        end_chars = total_chars + _SAMPLE_CHARS // min(64, len(files))
+        for item in takewhile(lambda _: total_chars < end_chars, _documents(job, file)):  # noqa: B023 (used up at once)
+            texts.append(item.text[:_SAMPLE_CHARS])
+            total_chars += len(texts[-1])
+        if total_chars >= _SAMPLE_CHARS:
+            break
+    return texts
+
+
+def _documents(job: Job, file: InputFile) -> Iterator[Document]:
+    found = read_documents(file.path, job.settings.text_field, job.settings.source_field)
+    return (item for item in found if isinstance(item, Document))
+
+
 def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """What differs between two identities of a job, in words."""
     old, new = before["settings"], now["settings"]
     said = [f"{key} was {old.get(key)!r}, is {new.get(key)!r}" for key in {**old, **new} if old.get(key) != new.get(key)]
     if before["tokenizer_sha256"] != now["tokenizer_sha256"]:
         said.append("the tokenizer is another")
+    if before.get("step_inputs", []) != now["step_inputs"]:
+        said.append("what a step reads, such as a set of duplicates, is another")
     old_files, new_files = ({path: rest for path, *rest in identity["inputs"]} for identity in (before, now))
     for words, paths in (
         ("new", new_files.keys() - old_files.keys()),

@@ -3,6 +3,7 @@
 OUTPUT/.work/job.json        what the job is; while .work is there, the output is not finished
 OUTPUT/.work/unit-00000/     a unit's shards, and done.json, written last
 OUTPUT/NAME/NAME-00000.bin   the datasets, or OUTPUT/NAME-00000.bin where there is one; manifest.json is written last
+OUTPUT/holdout/...           the same, of the texts that are held out
 OUTPUT/bad.jsonl             every line that was no document, if there was any
 OUTPUT/.done/job.json        .work, renamed when everything is in place
 """
@@ -18,8 +19,8 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from megaspark.data_prep.jobs import Job, changes
-from megaspark.data_prep.units import BAD, STOP, Record, describe, unit_folder
+from megaspark.data_prep.jobs import Job, Unit, changes
+from megaspark.data_prep.units import BAD, HOLDOUT, STOP, Record, describe, unit_folder
 from megaspark.errors import UserError
 from megaspark.shards import UNFINISHED, Counts, Manifest, ShardInfo, TokenDataset, dtype_for, fsync_folder, write_atomically
 
@@ -50,6 +51,8 @@ def claimed(job: Job) -> Iterator[bool]:
             (work / STOP).unlink(missing_ok=True)
             if not (work / _JOB).exists():
                 write_atomically(work / _JOB, json.dumps(job.identity()).encode())
+                for folder in (job.output, job.output.parent):  # else a power cut could take the whole output
+                    fsync_folder(folder)
         yield finished
 
 
@@ -96,26 +99,45 @@ def assemble(job: Job, records: Sequence[Record]) -> None:
 
     Every move can be found done already: a job killed in here goes on from where it was.
     """
-    staged: dict[str, list[tuple[Path, ShardInfo]]] = {}
-    for unit, record in zip(job.units, records, strict=True):
-        for info in record.shards:
-            staged.setdefault(info.name, []).append((unit_folder(job, unit), info))
-    if not staged:
+    if not any(record.shards for record in records):
         raise UserError(f"no document was kept: {summary(total(records))}; nothing to train on")
-    manifests = {}
-    for name, parts in sorted(staged.items()):
-        folder = job.output / name if job.settings.split_by else job.output
-        folder.mkdir(exist_ok=True)
-        manifests[folder] = _move(job, folder, parts, records)
+    manifests = _move_all(job, job.output, [(unit_folder(job, unit), r.shards) for unit, r in _pairs(job, records)], records)
+    if any(record.holdout_shards for record in records):
+        held = [(unit_folder(job, unit) / HOLDOUT, r.holdout_shards) for unit, r in _pairs(job, records)]
+        manifests |= _move_all(job, job.output / HOLDOUT, held, records)
     _gather_bad(job)
     for folder, manifest in manifests.items():
         tokenizer = Path(job.settings.tokenizer).read_bytes()
         write_atomically(folder / manifest.tokenizer, tokenizer)
         manifest.save(folder)
+        fsync_folder(folder.parent)
     _finish(job, [str(folder.relative_to(job.output)) for folder in manifests])
 
 
-def _move(job: Job, folder: Path, parts: Sequence[tuple[Path, ShardInfo]], records: Sequence[Record]) -> Manifest:
+def _pairs(job: Job, records: Sequence[Record]) -> Iterator[tuple[Unit, Record]]:
+    return zip(job.units, records, strict=True)
+
+
+def _move_all(
+    job: Job, root: Path, units: Sequence[tuple[Path, Sequence[ShardInfo]]], records: Sequence[Record]
+) -> dict[Path, Manifest]:
+    """Moves the shards of all units, each given with the folder where they wait, to their datasets; returns the manifests."""
+    staged: dict[str, list[tuple[Path, ShardInfo]]] = {}
+    for where, shards in units:
+        for info in shards:
+            staged.setdefault(info.name, []).append((where, info))
+    manifests = {}
+    for name, parts in sorted(staged.items()):
+        folder = root / name if job.settings.split_by else root
+        folder.mkdir(parents=True, exist_ok=True)
+        counts = by_source(records) if root == job.output else by_source(records, held=True)
+        manifests[folder] = _move(job, folder, parts, counts, total(records))
+    return manifests
+
+
+def _move(
+    job: Job, folder: Path, parts: Sequence[tuple[Path, ShardInfo]], counts: dict[str, Counts], all_counts: Counts
+) -> Manifest:
     """Gives the shards of one dataset their names; returns its manifest."""
     name = folder.resolve().name
     shards = []
@@ -129,14 +151,13 @@ def _move(job: Job, folder: Path, parts: Sequence[tuple[Path, ShardInfo]], recor
                 raise UserError(f"{target}: was finished, and has vanished since; remove {job.output} and start again")
         shards.append(final)
     fsync_folder(folder)
-    counts = by_source(records)
     encoder, options = job.encoder(), job.settings
     source = parts[0][1].source
     return Manifest(
         name=source or name, tokenizer=encoder.name, tokenizer_sha256=encoder.sha256, vocab=encoder.vocab,
         dtype=dtype_for(encoder.vocab).name, eos_id=encoder.eos_id, bos_id=encoder.bos_id, append_eos=options.append_eos,
         prepend_bos=options.prepend_bos, settings_sha256=job.settings_sha256(), shards=tuple(shards),
-        counts={source: counts[source]} if options.split_by else counts, job=total(records),
+        counts={source: counts[source]} if options.split_by else counts, job=all_counts,
     )  # fmt: skip
 
 
@@ -167,11 +188,11 @@ def _finish(job: Job, datasets: list[str]) -> None:
 # ---- what became of the documents
 
 
-def by_source(records: Sequence[Record]) -> dict[str, Counts]:
-    """The counts of all units together, by source, sorted by name."""
+def by_source(records: Sequence[Record], held: bool = False) -> dict[str, Counts]:
+    """The counts of all units together, or of the holdout, by source, sorted by name."""
     out: dict[str, Counts] = {}
     for record in records:
-        for source, counts in record.counts.items():
+        for source, counts in (record.holdout_counts if held else record.counts).items():
             out.setdefault(source, Counts()).add(counts)
     return dict(sorted(out.items()))
 
@@ -185,8 +206,9 @@ def total(records: Sequence[Record]) -> Counts:
 
 
 def summary(counts: Counts) -> str:
-    """One line: read = kept + dropped by each reason + bad."""
-    dropped = "".join(f" + {n:,} dropped ({reason})" for reason, n in sorted(counts.dropped.items()))
+    """One line: read = kept + held out + dropped by each reason + bad."""
+    words = {reason: "held out" if reason == HOLDOUT else f"dropped ({reason})" for reason in counts.dropped}
+    dropped = "".join(f" + {n:,} {words[reason]}" for reason, n in sorted(counts.dropped.items()))
     return f"{counts.read:,} documents read = {counts.kept:,} kept{dropped} + {counts.bad:,} bad"
 
 

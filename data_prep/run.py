@@ -1,4 +1,4 @@
-"""`megaspark prep JOB.yaml [key=value ...]`: jsonl text in, token datasets out, on one machine or on a cluster under MPI.
+"""`megaspark prep JOB.yaml [key=value ...]`: text in, token datasets out, on one machine or on a cluster under MPI.
 
 The work is planned from the input alone (jobs), its units are done by many processes (workers, units) and put together in the
 order of the plan (outputs). Killed at any moment, the same command goes on and redoes only the units that were not finished.
@@ -13,9 +13,12 @@ import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import BrokenExecutor
+from dataclasses import replace
 from functools import partial
 
-from megaspark.data_prep.jobs import Job, Unit, load_job
+from megaspark.data_prep.dry_run import report
+from megaspark.data_prep.fast_encoders import REFERENCE, choose
+from megaspark.data_prep.jobs import Job, Unit, load_job, sample_texts
 from megaspark.data_prep.outputs import assemble, by_source, check_bad, claimed, summary, table, total
 from megaspark.data_prep.units import BAD, STOP, Record, encode_unit, read_progress, unit_folder
 from megaspark.data_prep.workers import check_launcher, core_count, run_units
@@ -31,15 +34,19 @@ def main(argv: list[str]) -> int:
     """Runs a data-prep job; returns 0, or 1 for a failure that is not the user's. Raises UserError for one that is."""
     parser = argparse.ArgumentParser(
         prog="megaspark prep",
-        description="Turns jsonl text into token datasets. Started again after any interruption, it goes on where it was.",
+        description="Turns text into token datasets. Started again after any interruption, it goes on where it was.",
         epilog=_EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("job", help="a YAML file: input, output, tokenizer, ... (see ds_configs/prep-*.yaml)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that win over the file")
-    arguments = parser.parse_args(argv)
+    parser.add_argument("--dry-run", action="store_true", help="write nothing: say what the steps drop of a sample, and why")
+    arguments = parser.parse_intermixed_args(argv)  # options between settings
     check_launcher()
     job = load_job(arguments.job, arguments.overrides)
+    if arguments.dry_run:
+        print(report(job))
+        return 0
     again = f"finished units are kept in {job.output}; the same command goes on with the rest"
     try:
         with claimed(job) as finished:
@@ -66,18 +73,29 @@ def _run(job: Job) -> None:
     print(f"{n_files:,} files in {len(job.units):,} units -> {job.output}", flush=True)
     if len(todo) < len(job.units):
         print(f"going on: {len(job.units) - len(todo):,} of {len(job.units):,} units were finished before, {len(todo):,} to do")
-    workers = job.settings.workers or core_count()
-    with _Progress(job, todo):
-        for _ in run_units(partial(encode_unit, job), todo, workers, (job.output / UNFINISHED / STOP).touch):
-            pass
+    if todo:
+        _encode(job, todo)
     done = [record for unit in job.units if (record := Record.load(unit_folder(job, unit)))]
     assemble(job, done)
     _tell(job, done)
 
 
+def _encode(job: Job, todo: Sequence[Unit]) -> None:
+    """Does the units that are left, by the fastest tokenizer that gives the right ids."""
+    options = job.settings
+    choice = choose(options.encoder, options.tokenizer, sample_texts(job) if options.encoder != REFERENCE else [])
+    print(f"tokenizer: {choice.words}", flush=True)
+    # A unit knows its own files; all 59,166 sent along with each of them would keep the first rank busy.
+    work = partial(encode_unit, replace(job, units=(), encoder_name=choice.name))
+    with _Progress(job, todo):
+        for _ in run_units(work, todo, options.workers or core_count(), (job.output / UNFINISHED / STOP).touch):
+            pass
+
+
 def _tell(job: Job, records: Sequence[Record]) -> None:
     """Prints where every document went."""
-    print(table([_HEAD, *(_row(*item) for item in by_source(records).items()), _row("all", total(records))]))
+    rows = [*by_source(records).items(), *((f"{name} (holdout)", c) for name, c in by_source(records, held=True).items())]
+    print(table([_HEAD, *(_row(*row) for row in rows), _row("all", total(records))]))
     print(summary(total(records)))
     if total(records).bad:
         print(f"bad lines, with file, line number and reason: {job.output / BAD}")

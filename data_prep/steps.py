@@ -1,6 +1,8 @@
-"""Finds the filters that a job names (`steps: [{length: {min_chars: 200}}]`) in `data_prep/filters/` and asks them, in order.
+"""Finds the steps that a job names (`steps: [nfc, {length: {min_chars: 200}}]`) in `data_prep/filters/`, applies them in order.
 
-A filter is a module there with `reason_to_drop(doc, ...) -> str | None`; what it may be told is its function's signature.
+A step is a module there with one function: `reason_to_drop(doc, ...) -> str | None`, or `rewrite(doc, ...) -> Document`, which
+gives the document another text. What it may be told is that function's signature. A module that reads files also has
+`fingerprint(...) -> str`, of the same arguments: the hash of what they hold. Modules named `_...` are no steps.
 """
 
 from __future__ import annotations
@@ -21,62 +23,80 @@ from megaspark.settings import nearest
 
 Spec = str | dict[str, dict[str, Any] | None]
 
+KINDS = ("reason_to_drop", "rewrite")
+
 
 @dataclass(frozen=True)
 class Step:
-    """One filter with its arguments."""
+    """One filter with its arguments; `function` is the module's `reason_to_drop` or its `rewrite`."""
 
     name: str
-    function: Callable[..., str | None]
+    function: Callable[..., Any]
     arguments: Mapping[str, Any] = field(default_factory=dict)
 
+    def apply(self, doc: Document) -> Document | str:
+        """The document as it goes on from here, or the text "name: reason" if it ends here."""
+        result = self.function(doc, **self.arguments)
+        if self.function.__name__ == "rewrite":
+            return result if result.text else f"{self.name}: nothing left"
+        return f"{self.name}: {result}" if result else doc
+
     def reason_to_drop(self, doc: Document) -> str | None:
-        """The text "name: reason" if this filter drops `doc`, else None."""
-        reason = self.function(doc, **self.arguments)
-        return reason and f"{self.name}: {reason}"
+        """The text "name: reason" if this step drops `doc`, else None."""
+        result = self.apply(doc)
+        return result if isinstance(result, str) else None
 
 
 def load_steps(specs: Sequence[Spec]) -> list[Step]:
-    """The steps of a job; raises UserError for an unknown filter or argument, naming the nearest, and for a wrong type."""
+    """The steps of a job; raises UserError for an unknown filter or argument, naming the nearest, and for a wrong value."""
     return [_load(spec) for spec in specs]
 
 
-def reason_to_drop(doc: Document, steps: Sequence[Step]) -> str | None:
-    """The first reason that a step has to drop `doc`, or None; a document without text is "empty"."""
-    if not doc.text:
-        return "empty"
-    return next((reason for step in steps if (reason := step.reason_to_drop(doc))), None)
+def apply_steps(doc: Document, steps: Sequence[Step]) -> Document | str:
+    """The document as the steps leave it, or the first reason to drop it; a document without text is "empty"."""
+    result: Document | str = doc if doc.text else "empty"
+    for step in steps:
+        if isinstance(result, str):
+            break
+        result = step.apply(result)
+    return result
+
+
+def step_names() -> list[str]:
+    """The names of all filters that there are, sorted."""
+    import megaspark.data_prep.filters as filters
+
+    return sorted(module.name for module in pkgutil.iter_modules(filters.__path__) if not module.name.startswith("_"))
 
 
 def _load(spec: Spec) -> Step:
     if isinstance(spec, dict) and len(spec) != 1:
         raise UserError(f"steps: each is one filter and its arguments, such as {{length: {{min_chars: 200}}}}, not {spec}")
     name, arguments = (spec, {}) if isinstance(spec, str) else next(iter(spec.items()))
-    import megaspark.data_prep.filters as filters
-
-    known = [module.name for module in pkgutil.iter_modules(filters.__path__)]
-    if name not in known:
-        raise UserError(f"steps: no filter {name!r} in data_prep/filters{nearest(name, known)}")
-    function = importlib.import_module(f"{filters.__name__}.{name}").reason_to_drop
+    if name not in step_names():
+        raise UserError(f"steps: no filter {name!r} in data_prep/filters{nearest(name, step_names())}")
+    module = importlib.import_module(f"megaspark.data_prep.filters.{name}")
+    function = next(getattr(module, kind) for kind in KINDS if hasattr(module, kind))
     return Step(name, function, _checked(name, function, arguments or {}))
 
 
 def _checked(name: str, function: Callable[..., Any], arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of a step, each of the type that the function's signature says."""
-    parameters = list(inspect.signature(function).parameters.values())[1:]  # the first is the document
-    types = typing.get_type_hints(function)
+    """The arguments of a step, each of the type, and within the limits, that the function's signature says."""
+    parameters = {p.name: p for p in list(inspect.signature(function).parameters.values())[1:]}  # the first is the document
+    types = typing.get_type_hints(function, include_extras=True)
     for argument in arguments:
-        if argument not in types or argument not in [p.name for p in parameters]:
-            choices = [f"steps.{name}.{p.name}" for p in parameters]
-            raise UserError(f"unknown argument steps.{name}.{argument}{nearest(f'steps.{name}.{argument}', choices)}")
-    out = {}
-    for parameter in parameters:
-        if parameter.name in arguments:
-            try:
-                out[parameter.name] = TypeAdapter(types[parameter.name]).validate_python(arguments[parameter.name])
-            except ValidationError as error:
-                value, message = arguments[parameter.name], error.errors()[0]["msg"]
-                raise UserError(f"steps.{name}.{parameter.name} = {value!r}: {message}") from None
-        elif parameter.default is parameter.empty:
+        if argument not in parameters:
+            choices = [f"steps.{name}.{known}" for known in parameters]
+            hint = nearest(f"steps.{name}.{argument}", choices) if choices else "; it takes none"
+            raise UserError(f"unknown argument steps.{name}.{argument}{hint}")
+    for parameter in parameters.values():
+        if parameter.default is parameter.empty and parameter.name not in arguments:
             raise UserError(f"steps.{name}.{parameter.name} is missing")
-    return out
+    return {key: _typed(f"steps.{name}.{key}", types[key], value) for key, value in arguments.items()}
+
+
+def _typed(where: str, kind: Any, value: Any) -> Any:
+    try:
+        return TypeAdapter(kind).validate_python(value)
+    except ValidationError as error:
+        raise UserError(f"{where} = {value!r}: {error.errors()[0]['msg']}") from None

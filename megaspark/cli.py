@@ -16,11 +16,13 @@ VERBS = {
     "demo-corpus": ("megaspark.tools.demo_corpus", "write a corpus from text that every Python machine has"),
     "train-tokenizer": ("megaspark.tools.train_tokenizer", "train a SentencePiece BPE tokenizer"),
     "prep": ("megaspark.data_prep.run", "tokenize a corpus into memory-mapped shards"),
+    "dedup": ("megaspark.data_prep.dedup", "find near or exact duplicates in a corpus, for prep to drop"),
     "shards": ("megaspark.tools.shards", "show, verify or decode shards"),
     "pretrain": ("megaspark.train", "train a model; under `deepspeed megaspark/pretrain.py`: on many processes"),
     "to-hf": ("megaspark.tools.to_hf", "convert a checkpoint to a Hugging Face folder, proven equal"),
     "generate": ("megaspark.tools.generate", "greedy text from a Hugging Face folder"),
     "plot": ("megaspark.tools.plot", "draw the loss curves of runs"),
+    "bench": ("megaspark.tools.bench", "measure this machine, beside its peers"),
 }
 
 

@@ -2,14 +2,16 @@
 
 A dataset is a folder of `NAME-00000.bin/.idx` pairs in Megatron's indexed format, a `manifest.json` that says what they hold,
 and a copy of the tokenizer. A `.bin` is bare tokens. An `.idx` is, little-endian: `MMIDIDX\\0\\0`, u64 version 1, u8 dtype
-code, u64 sequences, u64 documents + 1, then i32 lengths (tokens), i64 offsets (bytes), i64 document index. Every document is
-one sequence. Nothing read from disk is believed before it was checked. numpy and the standard library only.
+code, u64 sequences, u64 documents + 1, then i32 lengths (tokens), i64 offsets (bytes), i64 document index. Every document that
+we write is one sequence; of Megatron's own, read here too, one may have several or none, and an i8 mode for each sequence may
+follow. Nothing read from disk is believed before it was checked. numpy and the standard library only.
 """
 
 from __future__ import annotations
 
 import bisect
 import hashlib
+import mmap
 import os
 from array import array
 from collections.abc import Callable, Iterator, Sequence
@@ -22,7 +24,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from megaspark.errors import UserError
-from megaspark.manifests import CODES, DTYPES, HEADER, MANIFEST, Manifest, ShardInfo, fsync_folder, idx_size_bytes, sha256_of
+from megaspark.manifests import CODES, DTYPES, HEADER, MANIFEST, Manifest, ShardInfo, fsync_folder, sha256_of
 from megaspark.manifests import UNFINISHED as UNFINISHED
 from megaspark.manifests import Counts as Counts
 from megaspark.manifests import datasets_in as datasets_in
@@ -52,16 +54,22 @@ class ShardWriter:
 
     def add(self, tokens: np.ndarray | Sequence[int]) -> None:
         """Appends one document: whole numbers, shape (T,), any T from 0; raises ValueError if one does not fit the dtype."""
-        given = np.asarray(tokens) if len(tokens) else np.empty(0, self.dtype)
-        if given.ndim != 1 or given.dtype.kind not in "iu":
-            raise ValueError(f"{self.name}: a document is a row of whole numbers, not {given.dtype} of shape {given.shape}")
-        if given.dtype != self.dtype:
+        self.add_many(np.asarray(tokens) if len(tokens) else np.empty(0, self.dtype), [len(tokens)])
+
+    def add_many(self, flat: np.ndarray, lengths: np.ndarray | Sequence[int]) -> None:
+        """Appends documents laid end to end: `flat` of shape (tokens,), cut by `lengths`; raises ValueError as `add` does."""
+        if flat.ndim != 1 or flat.dtype.kind not in "iu":
+            raise ValueError(f"{self.name}: a document is a row of whole numbers, not {flat.dtype} of shape {flat.shape}")
+        cuts = np.asarray(lengths, np.int64)
+        if (cuts.size and cuts.min() < 0) or cuts.sum() != len(flat):
+            raise ValueError(f"{self.name}: documents of {cuts.sum():,} tokens in all, but {len(flat):,} are given")
+        if flat.dtype != self.dtype:
             limits = np.iinfo(self.dtype)
-            if given.size and not limits.min <= given.min() <= given.max() <= limits.max:
-                raise ValueError(f"{self.name}: token ids from {given.min()} to {given.max()} do not fit {self.dtype.name}")
-            given = given.astype(self.dtype)
-        content = np.ascontiguousarray(given).data
-        self._lengths.append(len(given))
+            if flat.size and not limits.min <= flat.min() <= flat.max() <= limits.max:
+                raise ValueError(f"{self.name}: token ids from {flat.min()} to {flat.max()} do not fit {self.dtype.name}")
+            flat = flat.astype(self.dtype)
+        content = np.ascontiguousarray(flat).data
+        self._lengths.frombytes(cuts.astype(np.intc).tobytes())
         self._hash.update(content)
         self._file.write(content)
 
@@ -132,7 +140,7 @@ class Shard:
             _expect_size(self.bin_path, bin_bytes, self.info.bin_bytes, MANIFEST)
             _expect_size(self.idx_path, idx_bytes, self.info.idx_bytes, MANIFEST)
         if dtype is None or self.info is None:
-            found, self.documents = self._read_header(idx_bytes)
+            found, _, self.documents = self._read_header(idx_bytes)
             if dtype is not None and found != dtype:
                 raise UserError(f"{self.idx_path}: holds {found.name}, {np.dtype(dtype).name} was expected")
             dtype = found
@@ -148,7 +156,7 @@ class Shard:
     @cached_property
     def tokens(self) -> np.ndarray:
         """All tokens of the shard, shape (tokens,): a read-only view of the file, nothing copied."""
-        return _map(self.bin_path, self.bin_bytes).view(self.dtype)
+        return _map(self.bin_path, self.bin_bytes, at_random=True).view(self.dtype)
 
     @property
     def lengths(self) -> np.ndarray:
@@ -162,8 +170,8 @@ class Shard:
         start = int(self._index.offsets[i]) // self.dtype.itemsize
         return self.tokens[start : start + int(self._index.lengths[i])]
 
-    def _read_header(self, idx_bytes: int) -> tuple[np.dtype, int]:
-        """Dtype and number of documents, after everything that the header and the size can prove."""
+    def _read_header(self, idx_bytes: int) -> tuple[np.dtype, int, int]:
+        """Dtype, numbers of sequences and of documents, after everything that the header and the size can prove."""
         with open(self.idx_path, "rb") as file:
             header = file.read(HEADER.size)
         if len(header) < HEADER.size:
@@ -175,41 +183,57 @@ class Shard:
             raise UserError(f"{self.idx_path}: index version {version}, only 1 is known")
         if code not in DTYPES:
             raise UserError(f"{self.idx_path}: dtype code {code}; known are 8 (uint16) and 4 (int32)")
-        if documents != sequences + 1:
-            raise UserError(f"{self.idx_path}: {sequences} sequences, {documents} document bounds; it should be one more")
-        _expect_size(self.idx_path, idx_bytes, idx_size_bytes(sequences), "its header")
-        if self.info and sequences != self.info.documents:
-            raise UserError(f"{self.idx_path}: {sequences} documents, {MANIFEST} says {self.info.documents}")
-        return DTYPES[code], sequences
+        if not documents:
+            raise UserError(f"{self.idx_path}: no document bounds; it should be one more than documents")
+        plain_bytes = HEADER.size + 12 * sequences + 8 * documents
+        if idx_bytes != plain_bytes + sequences:  # with a mode for each sequence
+            _expect_size(self.idx_path, idx_bytes, plain_bytes, "its header")
+        if self.info and documents - 1 != self.info.documents:
+            raise UserError(f"{self.idx_path}: {documents - 1} documents, {MANIFEST} says {self.info.documents}")
+        return DTYPES[code], sequences, documents - 1
 
     @cached_property
     def _index(self) -> _Index:
         """The `.idx`, every number of it checked: O(documents), once."""
         size = _size(self.idx_path)
-        dtype, n = self._read_header(size)
+        dtype, n, documents = self._read_header(size)
         if dtype != self.dtype:
             raise UserError(f"{self.idx_path}: holds {dtype.name}, {self.dtype.name} was expected")
-        content = _map(self.idx_path, size)[HEADER.size :]
+        content = _map(self.idx_path, size)[HEADER.size : HEADER.size + 12 * n + 8 * (documents + 1)]
         lengths, offsets, bounds = (
             part.view(kind) for part, kind in zip(np.split(content, [4 * n, 12 * n]), ("<i4", "<i8", "<i8"), strict=True)
         )
         if n and lengths.min() < 0:
-            raise UserError(f"{self.idx_path}: document {int(np.argmax(lengths < 0))} has a negative length")
-        if not np.array_equal(bounds, np.arange(n + 1)):
-            raise UserError(f"{self.idx_path}: its document index is not 0, 1, 2 ... {n}")
+            raise UserError(f"{self.idx_path}: sequence {int(np.argmax(lengths < 0))} has a negative length")
+        if bounds[0] != 0 or bounds[-1] != n or (np.diff(bounds) < 0).any():
+            raise UserError(f"{self.idx_path}: its document index does not rise from 0 to {n}")
         ends = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64) * dtype.itemsize])
         wrong = np.flatnonzero(offsets != ends[:-1])
         if len(wrong):
-            raise UserError(f"{self.idx_path}: document {wrong[0]} does not start where the one before it ends")
+            raise UserError(f"{self.idx_path}: sequence {wrong[0]} does not start where the one before it ends")
         if ends[-1] != self.bin_bytes:
             raise UserError(f"{self.idx_path}: describes {ends[-1]:,} bytes, {self.bin_path.name} has {self.bin_bytes:,}")
-        return _Index(lengths, offsets)
+        if np.array_equal(bounds, np.arange(n + 1)):
+            return _Index(lengths, offsets)
+        if self.info:  # ours by its manifest, and ours have one sequence a document; Megatron's may have any number
+            raise UserError(f"{self.idx_path}: its document index is not 0, 1, 2, ... {n}")
+        starts = ends[bounds]
+        return _Index((np.diff(starts) // dtype.itemsize).astype("<i4"), starts[:-1])
 
 
-def _map(path: Path, size_bytes: int) -> np.ndarray:
-    """The bytes of a file as a read-only mapping, shape (size,) uint8; refused if its size is no longer `size_bytes`."""
+def _map(path: Path, size_bytes: int, at_random: bool = False) -> np.ndarray:
+    """The bytes of a file as a read-only mapping, shape (size,) uint8; refused if its size is no longer `size_bytes`.
+
+    at_random: it is read in small pieces here and there, so the kernel should not read ahead (by megabytes, on some disks).
+    """
     _expect_size(path, _size(path), size_bytes, "its size at opening")
-    return np.memmap(path, np.uint8, "r") if size_bytes else np.empty(0, np.uint8)  # an empty file cannot be mapped
+    if not size_bytes:
+        return np.empty(0, np.uint8)  # an empty file cannot be mapped
+    with open(path, "rb") as file:
+        mapped = mmap.mmap(file.fileno(), size_bytes, access=mmap.ACCESS_READ)
+    if at_random and hasattr(mmap, "MADV_RANDOM"):
+        mapped.madvise(mmap.MADV_RANDOM)
+    return np.frombuffer(mapped, np.uint8)
 
 
 def _size(path: Path) -> int:

@@ -1,31 +1,34 @@
 """Data preparation: every document is accounted for, and the bytes depend on nothing but the input."""
 
-import gzip
 import hashlib
 import io
 import json
 import os
+import re
 import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import pytest
 import sentencepiece
 import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megaspark.data_prep import jobs
-from megaspark.data_prep.documents import BadInput, Document, read_documents
+from megaspark.data_prep import fast_encoders, jobs
+from megaspark.data_prep.documents import Document, read_documents
+from megaspark.data_prep.encode import joined
 from megaspark.data_prep.run import main
 from megaspark.data_prep.steps import load_steps
-from megaspark.data_prep.units import folder_name
+from megaspark.data_prep.units import folder_name, in_holdout, with_ends
 from megaspark.errors import UserError
-from megaspark.shards import Manifest, TokenDataset, datasets_in, verify
+from megaspark.shards import Manifest, ShardWriter, TokenDataset, datasets_in, dtype_for, verify
 
 SOURCES = ["RedPajamaC4", "RedPajamaGithub", "odd/name"]
 
@@ -34,28 +37,19 @@ def line(text, source="RedPajamaC4") -> bytes:
     return json.dumps({"text": text, "meta": {"redpajama_set_name": source}}).encode()
 
 
-def read(path: Path) -> list[Document | BadInput]:
-    return list(read_documents(str(path), "text", "meta.redpajama_set_name"))
-
-
-def texts(items) -> list[str]:
-    return [item.text for item in items if isinstance(item, Document)]
-
-
-def bad(items) -> list[BadInput]:
-    return [item for item in items if isinstance(item, BadInput)]
+def train_tokenizer(path: Path, **options) -> Path:
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["the text of a document, number 1234567890"] * 9), model_writer=model, vocab_size=300,
+        model_type="bpe", byte_fallback=True, minloglevel=2, hard_vocab_limit=False, **options,
+    )  # fmt: skip
+    path.write_bytes(model.getvalue())
+    return path
 
 
 @pytest.fixture(scope="session")
 def tokenizer(tmp_path_factory) -> Path:
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(["the text of a document, number 1234567890"] * 9), model_writer=model, vocab_size=300,
-        model_type="bpe", byte_fallback=True, minloglevel=2, hard_vocab_limit=False,
-    )  # fmt: skip
-    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
-    path.write_bytes(model.getvalue())
-    return path
+    return train_tokenizer(tmp_path_factory.mktemp("tokenizer") / "tokenizer.model")
 
 
 @pytest.fixture
@@ -91,100 +85,6 @@ def sums(folder: Path) -> dict[str, str]:
     return {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in visible.items()}
 
 
-# ---- reading documents
-
-
-@given(st.data())
-@settings(max_examples=80, deadline=None)
-def test_no_bad_line_costs_a_good_one(tmp_path_factory, data):
-    """Frames that cut lines anywhere, bad lines between good ones, CRLF: each could lose or join documents."""
-    good = st.text(st.characters(exclude_categories=["Cs"]), max_size=30)
-    wrong = st.sampled_from([b"{", b"\xff\xfe", b'{"text": 1}', b"[]", b'{"text": "\\ud800"}', b"{}", b'{"text": "\x00"}'])
-    items = data.draw(st.lists(good | wrong, min_size=1, max_size=12))
-    end = data.draw(st.sampled_from([b"\n", b"\r\n"]))
-    stream = end.join(item if isinstance(item, bytes) else line(item) for item in items) + b" " * 100
-    cuts = sorted(data.draw(st.lists(st.integers(0, len(stream)), max_size=4)))
-    parts = [stream[a:b] for a, b in zip([0, *cuts], [*cuts, len(stream)], strict=True)]
-    kind, pack = data.draw(st.sampled_from([("", bytes), (".zst", zstandard.compress), (".gz", gzip.compress)]))
-    path = tmp_path_factory.mktemp("text") / f"a.jsonl{kind}"
-    path.write_bytes(b"".join(map(pack, parts)) + (b"\0" * 7 if kind == ".gz" else b""))
-    found = read(path)
-    if path.stat().st_size >= 100 or texts(found):
-        assert texts(found) == [item for item in items if isinstance(item, str)]
-    if path.stat().st_size >= 100:
-        assert [b.line for b in bad(found)] == [n for n, item in enumerate(items, 1) if isinstance(item, bytes)]
-
-
-@pytest.mark.parametrize(
-    ("content", "expected"),
-    [
-        (b'\xef\xbb\xbf{"text": "bom"}', "bom"),
-        (b'{"text": "x", "score": NaN}', "x"),
-        (b'{"text": "x", "other": "\\udfff"}', "x"),
-        (b'{"text": "nul \\u0000 escaped"}', "nul \0 escaped"),
-        ('{"text": "one\u2028two\x85three"}'.encode(), "one\u2028two\x85three"),
-        (b'{"text": ""}', ""),
-        (b'{"text": "x", "deep": ' + b"[" * 5000 + b"]" * 5000 + b"}", BadInput),
-        (b'{"text": null, "meta": {"redpajama_set_name": "s"}}', BadInput),
-        (b'{"text": "raw \x00 nul"}', BadInput),
-        (b'{"text": "surrogate \\ud800"}', BadInput),
-        (b'{"text": "cut', BadInput),
-        (b'{"text": "\xc3("}', BadInput),
-        (b'{"meta": 1}', BadInput),
-    ],
-)
-def test_what_orjson_refuses_is_decided_exactly(tmp_path, content, expected):
-    """A text lost to a NaN beside it, or half a character kept, would go unnoticed among billions."""
-    (tmp_path / "a.jsonl").write_bytes(line("before " * 20) + b"\n" + content + b"\n" + line("after"))
-    before, item, after = read(tmp_path / "a.jsonl")
-    assert (before.text, after.text) == ("before " * 20, "after")
-    if expected is BadInput:
-        assert (type(item), item.line) == (BadInput, 2) and item.reason
-    else:
-        assert (item.text, item.source) == (expected, "unknown")
-
-
-@pytest.mark.parametrize("pack", [zstandard.ZstdCompressor(write_checksum=True).compress, gzip.compress])
-def test_cut_frame_keeps_the_lines_before_and_the_frames_behind(tmp_path, pack):
-    """zstd and zlib tell nothing of a frame that ends too early: its lines, and those of the next frames, could vanish."""
-    kind = ".gz" if pack is gzip.compress else ".zst"
-    first = [line(f"{i} {hashlib.sha256(bytes([i % 256, i // 256])).hexdigest() * 40}") for i in range(400)]
-    frame, second = pack(b"\n".join(first) + b"\n"), pack(b"\n".join([line("second 0"), line("second 1")]))
-    cut = len(frame) * 2 // 3
-    for content, follows in [(frame[:cut], []), (frame[:cut] + second, ["second 0", "second 1"])]:
-        path = tmp_path / f"a.jsonl{kind}"
-        path.write_bytes(content)
-        found = texts(read(path))
-        kept = len(found) - len(follows)
-        assert found == [json.loads(text)["text"] for text in first[:kept]] + follows
-        assert 0 < kept < len(first)
-        assert len(bad(read(path))) >= 1
-        assert kind == ".gz" or len(bad(read(path))) == 1
-    flipped = bytearray(frame + second)
-    flipped[cut : cut + 4] = b"\xff\xff\xff\xff"
-    path.write_bytes(flipped)
-    assert texts(read(path))[-2:] == ["second 0", "second 1"] and len(bad(read(path))) >= 1
-
-
-def test_long_window_is_read(tmp_path):
-    """`zstd --long=31` files are refused by zstandard's default limit."""
-    parameters = zstandard.ZstdCompressionParameters(window_log=28)
-    stream = zstandard.ZstdCompressor(compression_params=parameters).compressobj()  # of unknown size: the window stays
-    content = stream.compress(line("x" * 200) + b"\n") + stream.flush()
-    (tmp_path / "a.jsonl.zst").write_bytes(content + zstandard.compress(line("y" * 50) * 3))
-    assert zstandard.get_frame_parameters(content).window_size == 1 << 28
-    assert texts(read(tmp_path / "a.jsonl.zst")) == ["x" * 200]
-
-
-@pytest.mark.parametrize("content", [b"", b"404: Not Found\n", b"\n\n"])
-def test_failed_download_is_one_bad_file(tmp_path, content):
-    """SlimPajama's failed downloads are of 15 bytes; an empty file must not pass for a file without documents."""
-    for kind in ("jsonl", "jsonl.zst", "jsonl.gz"):
-        path = tmp_path / f"a.{kind}"
-        path.write_bytes(content)
-        assert [(item.line, "broken download" in item.reason) for item in read(path)] == [(None, True)]
-
-
 # ---- the plan
 
 
@@ -208,6 +108,25 @@ def test_source_names_make_distinct_folders():
     assert len(set(folders)) == len(names)
     assert all("/" not in name and not name.startswith(".") and name != "bad.jsonl" for name in folders)
     assert folder_name("RedPajamaC4") == "RedPajamaC4"
+
+
+@given(st.lists(st.lists(st.integers(0, 299), min_size=1, max_size=5), min_size=1, max_size=9), st.booleans(), st.booleans())
+@settings(max_examples=60, deadline=None)
+def test_documents_written_together_are_those_written_one_by_one(tmp_path_factory, documents, bos, eos):
+    """An end put in the wrong place, or one length off, would shift every document behind it."""
+    before, after = [1] * bos, [2] * eos
+    ids = with_ends(joined(documents), before, after)
+    folder = tmp_path_factory.mktemp("shards")
+    with ShardWriter(folder, "many", dtype_for(300)) as many, ShardWriter(folder, "one", dtype_for(300)) as one:
+        many.add_many(ids.flat, ids.lengths)
+        for document in documents:
+            one.add([*before, *document, *after])
+    for end in ("bin", "idx"):
+        assert (folder / f"many.{end}").read_bytes() == (folder / f"one.{end}").read_bytes()
+    with ShardWriter(folder, "bad", dtype_for(300)) as writer:
+        for flat, lengths in (([1, 2], [1]), ([1], [2, -1]), ([70_000], [1]), ([[1]], [1]), ([1.5], [1])):
+            with pytest.raises(ValueError, match=r"^bad: "):
+                writer.add_many(np.array(flat), lengths)
 
 
 # ---- whole jobs
@@ -237,7 +156,7 @@ def test_every_document_is_accounted_for(tmp_path, corpus, job, capsys):
     expected = [
         [*reference.encode(item.text), reference.eos_id()]
         for file in sorted(corpus.rglob("*.zst"))
-        for item in read(file)
+        for item in read_documents(str(file), "text", "meta.redpajama_set_name")
         if item.source == "odd/name" and len(item.text) >= 20
     ]
     assert [dataset.document(i).tolist() for i in range(dataset.documents)] == expected
@@ -255,13 +174,17 @@ def test_same_bytes_for_any_number_of_workers(tmp_path, job, split_by):
         assert list(datasets_in(tmp_path / "one" / "out")) == ["out"]
 
 
+def mpi_environment() -> dict[str, str]:
+    root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+    return {**os.environ, **root, "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe"}
+
+
 @pytest.mark.launch
 @pytest.mark.skipif(not shutil.which("mpirun"), reason="no mpirun on the PATH")
 def test_same_bytes_under_mpi(tmp_path, job):
     """Ranks take units in an order of their own, and a mistake must end them all instead of hanging."""
     assert main([job("one/out")]) == 0
-    environment = {**os.environ, "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
-    environment["PRTE_MCA_rmaps_default_mapping_policy"] = ":oversubscribe"
+    environment = mpi_environment()
     ranks = ["mpirun", "-n", "3", sys.executable]
     command = [*ranks, "-m", "mpi4py.futures", "-m", "megaspark", "prep", job("ranks/out")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
@@ -437,6 +360,13 @@ def test_mistakes_are_told_before_anything_is_written(tmp_path, corpus, job):
     assert [p.name for p in (tmp_path / "used").iterdir()] == ["thesis.txt"]
 
 
+def test_dry_run_writes_nothing(tmp_path, job, capsys):
+    """Whoever tries a filter must see what it drops without spoiling the output of the real job."""
+    assert main([job(), "--dry-run", "steps=[{length: {min_chars: 50}}]"]) == 0
+    assert "length: too short" in capsys.readouterr().out
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out.yaml", "text"]
+
+
 def test_nothing_kept_is_an_error(tmp_path, job):
     """A wrong text_field or too strict a filter must not end in an empty dataset and status 0."""
     with pytest.raises(UserError, match=r"no document was kept: 240 documents read = 0 kept \+ 36 dropped"):
@@ -478,3 +408,140 @@ def test_length_filter_counts_characters():
     said = [step.reason_to_drop(Document(text, "s")) for text in ("日本", "日本語", "日本語文", "日本語の文")]
     assert said == ["length: too short", None, None, "length: too long"]
     assert load_steps(["length"])[0].reason_to_drop(Document("", "s")) is None
+
+
+# ---- the holdout
+
+
+@pytest.mark.parametrize("split_by", ["source", None])
+def test_holdout_and_training_share_no_text(tmp_path, corpus, job, tokenizer, split_by, capsys):
+    """A text on both sides makes the validation loss a lie; one on neither is lost. Copies of texts lie in other files."""
+    copies = zstandard.decompress((corpus / "chunk0" / "example_0.jsonl.zst").read_bytes())
+    (corpus / "copies.jsonl.zst").write_bytes(zstandard.compress((copies + b"\n") * 2))
+    assert main([job("out", holdout=0.3, split_by=split_by)]) == 0
+    model = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer))
+    sides = [
+        [_decoded(model, TokenDataset(folder)) for folder in datasets_in(path).values()]
+        for path in (tmp_path / "out", tmp_path / "out" / "holdout")
+    ]
+    train, held = ({text for texts in side for text in texts} for side in sides)
+    assert not train & held
+    files = [item for file in corpus.rglob("*.zst") for item in read_documents(str(file), "text", "meta.redpajama_set_name")]
+    assert train | held == {model.decode(model.encode(item.text)) for item in files if item.text}
+    assert 0.1 < len(held) / len(train | held) < 0.5
+    manifests = [Manifest.load(folder) for folder in datasets_in(tmp_path / "out" / "holdout").values()]
+    job_counts = manifests[0].job
+    assert job_counts.dropped["holdout"] == sum(manifest.documents for manifest in manifests)
+    assert job_counts.read == job_counts.kept + sum(job_counts.dropped.values()) + job_counts.bad == 240 + 80
+    assert f"{job_counts.dropped['holdout']} held out" in capsys.readouterr().out
+    assert all(verify(folder) == [] for folder in datasets_in(tmp_path / "out" / "holdout").values())
+
+
+def _decoded(model, dataset: TokenDataset) -> list[str]:
+    return [model.decode(dataset.document(i).tolist()[:-1]) for i in range(dataset.documents)]
+
+
+def test_holdout_fraction_is_met():
+    """A fraction ten times too large costs training data, one too small makes a noisy validation."""
+    held = sum(in_holdout(f"text {i}", 0.0017) for i in range(200_000))
+    assert abs(held - 340) < 5 * 340**0.5
+    assert not in_holdout("text", 0.0)
+    everything = [text for text in map(str, range(2000)) if in_holdout(text, 0.2)]
+    assert all(in_holdout(text, 0.3) for text in everything)  # a larger holdout contains the smaller
+
+
+# ---- whichever tokenizer runs
+
+
+def test_bytes_are_the_same_whatever_encoder_runs(tmp_path, corpus, job, capsys):
+    """The choice of a library must show in nothing but the time; a job begun by one goes on by another."""
+    big = [line(f"number {i} of a document, </s> 日本 {i * i} " * 40) for i in range(900)]
+    (corpus / "big.jsonl").write_bytes(b"\n".join(big))
+    model = str(train_tokenizer(tmp_path / "llama.model", normalization_rule_name="identity", remove_extra_whitespaces=False))
+    names = ["reference", *(name for name in ("gigatoken", "kitoken") if find_spec(name)), "auto"]
+    for name in names:
+        assert main([job(f"{name}/out", encoder=name, tokenizer=model, input=[f"{corpus}/**/*.jsonl*"])]) == 0
+        said = capsys.readouterr().out
+        assert f"by {name}: the same ids" in said or name in ("reference", "auto")
+        assert sums(tmp_path / name) == sums(tmp_path / "reference")
+    assert main([str(tmp_path / "reference" / "out.yaml"), "encoder=kitoken"]) == 0
+    assert "nothing to do" in capsys.readouterr().out
+
+
+def test_unequal_ids_in_mid_job_cost_only_time(tmp_path, job, monkeypatch, capsys):
+    """Whatever a proof could not foresee is found by watching; the unit is done again by the reference."""
+    assert main([job("right/out")]) == 0
+
+    def broken(self, texts):
+        raise fast_encoders.UnequalIds("it gives other ids")
+
+    monkeypatch.setattr(fast_encoders.Watched, "encode", broken)
+    monkeypatch.setattr("megaspark.data_prep.run.choose", lambda *_: fast_encoders.Choice("kitoken", "by kitoken"))
+    pytest.importorskip("kitoken")
+    assert main([job("redone/out")]) == 0
+    assert "is done again by the reference" in capsys.readouterr().err
+    assert sums(tmp_path / "right") == sums(tmp_path / "redone")
+
+
+def test_input_from_a_store_makes_the_same_bytes(tmp_path, corpus, job):
+    """Workers open URLs themselves; what they read must be what a local path gives."""
+    for name, pattern in (("local/out", f"{corpus}/chunk0/*.zst"), ("store/out", f"local://{corpus}/chunk0/*.zst")):
+        assert main([job(name, input=pattern, workers=2)]) == 0
+    assert sums(tmp_path / "local") == sums(tmp_path / "store")
+
+
+# ---- faults of the machine
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root mounts a file system")
+def test_full_disk_is_one_line_and_the_job_goes_on_later(tmp_path, corpus, job, capsys):
+    """No space left in mid-shard: nothing half-written may pass for whole, and after making room the bytes are the same."""
+    path, disk = job(split_by=None), tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=40k", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("this machine mounts nothing")
+    try:
+        assert main([path, f"output={disk}/out"]) == 1
+        assert "no space left" in capsys.readouterr().err
+        assert not list((disk / "out").glob("*.bin"))
+        subprocess.run(["mount", "-o", "remount,size=10m", disk], check=True)
+        assert main([path, f"output={disk}/out"]) == 0
+        assert re.search(r"going on: \d+ of \d+ units were finished before, \d+ to do", capsys.readouterr().out)
+        assert main([path]) == 0
+        assert sums(disk) == sums_under(tmp_path / "out", "out")
+    finally:
+        subprocess.run(["umount", "-l", disk], check=True)
+
+
+def sums_under(folder: Path, name: str) -> dict[str, str]:
+    """As `sums`, of paths that begin with `name`."""
+    return {f"{name}/{path}": digest for path, digest in sums(folder).items()}
+
+
+@pytest.mark.launch
+@pytest.mark.skipif(not shutil.which("mpirun"), reason="no mpirun on the PATH")
+@pytest.mark.parametrize("victim", ["mpirun", "rank"])
+def test_killed_mpi_job_goes_on(tmp_path, corpus, job, victim):
+    """kill -9 of mpirun or of a rank: every process must end, and the next start makes the same bytes and says what is left."""
+    for k in range(4):
+        slow = zstandard.compress(b"\n".join([line(f"a long text {k} " * 3000)] * 60))
+        (corpus / f"slow{k}.jsonl.zst").write_bytes(slow)
+    command = ["mpirun", "-n", "3", sys.executable, "-m", "mpi4py.futures", "-m", "megaspark", "prep", job("ranks/out")]
+    process = subprocess.Popen(command, env=mpi_environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    work = tmp_path / "ranks" / "out" / ".work"
+    deadline = time.monotonic() + 60
+    while not (list(work.glob("*/.*.bin.tmp")) and list(work.glob("*/done.json"))) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    ranks = [int(path.name.split(".")[-3]) for path in work.glob("*/.*.bin.tmp")]
+    finished = len(list(work.glob("*/done.json")))
+    os.kill(process.pid if victim == "mpirun" else ranks[0], signal.SIGKILL)
+    process.wait(timeout=60)
+    while any(_alive(str(pid)) for pid in ranks) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert ranks and finished and not any(_alive(str(pid)) for pid in ranks)
+    done = subprocess.run(command, env=mpi_environment(), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    kept = re.search(r"going on: (\d+) of \d+ units were finished before", done.stdout)
+    assert kept and int(kept[1]) >= finished
+    assert main([job("one/out")]) == 0
+    assert sums(tmp_path / "ranks") == sums(tmp_path / "one")

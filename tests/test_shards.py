@@ -93,9 +93,12 @@ def test_truncated_or_grown_files_are_refused(tmp_path_factory, data):
     whole = path.read_bytes()
     cut = data.draw(st.integers(0, len(whole) + 9).filter(lambda n: n != len(whole)))
     path.write_bytes((whole + bytes(9))[:cut])
-    for opened in (lambda: Shard(folder, info), lambda: Shard(folder, "a").document(0)):
+    with pytest.raises(UserError, match=r"a\.(bin|idx)"):
+        Shard(folder, info)
+    # A byte more for each of the four documents makes an index of Megatron's with modes: legal without a manifest.
+    if (path.suffix, cut) != (".idx", len(whole) + 4):
         with pytest.raises(UserError, match=r"a\.(bin|idx)"):
-            opened()
+            Shard(folder, "a").document(0)
 
 
 @given(st.integers(0, 34 + 12 * 4 + 8 * 5 - 1), st.integers(1, 255))
@@ -107,9 +110,11 @@ def test_no_flipped_byte_of_the_index_is_believed(tmp_path_factory, position, fl
     content = bytearray((folder / "a.idx").read_bytes())
     content[position] ^= flip
     (folder / "a.idx").write_bytes(content)
-    for shard in (info, "a"):
+    with pytest.raises(UserError, match=r"a\.idx"):
+        Shard(folder, info).document(0)
+    if position < 34 + 12 * 4:  # behind that lies the document index, of which without a manifest any rising one may be meant
         with pytest.raises(UserError, match=r"a\.idx"):
-            Shard(folder, shard).document(0)
+            Shard(folder, "a").document(0)
 
 
 def test_each_damage_has_its_name(tmp_path):
