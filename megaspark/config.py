@@ -15,10 +15,27 @@ from megaspark.deepspeed_files import DeepSpeedFile, read_deepspeed_file
 from megaspark.errors import UserError
 from megaspark.flops import parameters
 from megaspark.models import architecture
+from megaspark.overlaps import overlap
+from megaspark.samples import Phase, Samples, check_phases
 from megaspark.settings import Section, Tree, nearest
 
 CHECKPOINT_BYTES_PER_PARAMETER = 12  # fp32 master and two fp32 moments
 VOCAB_PADDING = 1024  # a model's vocabulary may be rounded up past its tokenizer's by less than this
+
+
+class Change(Section):
+    """What is read otherwise from a sample on; what is left unsaid stays as it was."""
+
+    sample: int = Field(gt=0, description="the first sample that is read so; a run's samples are numbered through all steps")
+    seq: int | None = Field(None, gt=0, description="tokens of one sample; the sample must begin a step")
+    blend: dict[str, float] | Literal["tokens"] | None = Field(None, description="shares by dataset, or tokens: by their size")
+    packing: Literal["plain", "best_fit"] | None = None
+
+    @model_validator(mode="after")
+    def _says_something(self) -> Change:
+        if self.seq is None and self.blend is None and self.packing is None:
+            raise ValueError(f"the change at sample {self.sample} changes nothing: give seq, blend or packing")
+        return self
 
 
 class Data(Section):
@@ -29,6 +46,8 @@ class Data(Section):
     seq: int = Field(gt=0, description="tokens of one sample")
     document_mask: bool = Field(True, description="attention stays inside each document and positions restart there")
     blend: dict[str, float] | None = Field(None, description="share of the samples by dataset; default: by tokens")
+    packing: Literal["plain", "best_fit"] = Field("plain", description="best_fit: put documents together so that few are cut")
+    changes: list[Change] = Field(default_factory=list, description="changes of seq, blend or packing in mid-run")
     tokenizer: str | None = Field(None, description="a tokenizer file that the data must have been made with")
 
     @field_validator("blend")
@@ -37,6 +56,21 @@ class Data(Section):
         if blend is not None and (not blend or min(blend.values()) <= 0):
             raise ValueError("every weight of a blend must be above 0; leave a dataset out to skip it")
         return blend
+
+    @property
+    def phases(self) -> list[Phase]:
+        """The blend and the cut of the samples from the first on, and what each change makes of them."""
+        phases = [Phase(0, self.seq, self.blend, self.packing)]
+        for change in self.changes:
+            last = phases[-1]
+            blend = None if change.blend == "tokens" else change.blend or last.blend
+            phases.append(Phase(change.sample, change.seq or last.seq, blend, change.packing or last.packing))
+        return phases
+
+    @model_validator(mode="after")
+    def _changes_in_order(self) -> Data:
+        check_phases(self.phases)
+        return self
 
 
 class Optim(Section):
@@ -164,6 +198,9 @@ def check_run(config: RunConfig[Any], tree: Tree, world: int) -> Checked:
         raise UserError(f"run.eval_every = {config.run.eval_every} needs data.validation; set it, or run.eval_every=0")
     _check_data(config, {**train, **{f"validation/{name}": d for name, d in validation.items()}})
     _check_blend(config, train)
+    _check_samples(config, train)
+    if validation and (found := overlap(train, validation)):
+        raise UserError(f"{found}; a loss on it would say nothing: set data.validation to data that are not trained on")
     _check_disk(config)
     return Checked(config, layout, train, validation)
 
@@ -241,9 +278,17 @@ def _check_data(config: RunConfig[Any], datasets: dict[str, shards.TokenDataset]
 
 
 def _check_blend(config: RunConfig[Any], train: dict[str, shards.TokenDataset]) -> None:
-    for name in config.data.blend or {}:
-        if name not in train:
-            raise UserError(f"data.blend names {name}, which is no dataset of {config.data.train}{nearest(name, [*train])}")
+    for phase in config.data.phases:
+        for name in phase.blend or {}:
+            if name not in train:
+                raise UserError(f"data.blend names {name}, which is no dataset of {config.data.train}{nearest(name, [*train])}")
+
+
+def _check_samples(config: RunConfig[Any], train: dict[str, shards.TokenDataset]) -> None:
+    try:
+        Samples(train, config.data.phases, config.run.seed)
+    except ValueError as error:
+        raise UserError(f"{config.data.train}: {error}") from None
 
 
 def _check_disk(config: RunConfig[Any]) -> None:

@@ -86,10 +86,9 @@ class Engine:
         torch.distributed.all_reduce(summed)
         return summed.item()
 
-    def close(self) -> None:
-        """Leaves the process group; the engine is of no more use."""
-        self.deepspeed.destroy()
-        torch.distributed.destroy_process_group()
+    def wait_for_all(self) -> None:
+        """Returns when every process has come here: after it, one may end without disturbing the others."""
+        torch.distributed.barrier()
 
     def _loss(self, batch: Batch) -> torch.Tensor:
         tensors = [None if t is None else t.to(self.device, non_blocking=True) for t in batch]

@@ -32,6 +32,7 @@ class Recorder:
         peak = peak_flops(name, config.run.precision)
         flops = per_token(config.model.shape, config.data.seq)
         self.meter = StepMeter(flops, None if peak is None else peak * ranks.world, self.step_tokens)
+        self.config = config
         self.log = MetricsLog(config.folder)
         dropped = self.log.keep_until(step)
         source = self.energy.source if self.energy else None
@@ -51,6 +52,12 @@ class Recorder:
             line = self.meter.line(step=step, tokens=tokens, loss=loss, lr=lr, grad_norm=grad_norm, joules=joules)
             self.log.write(line)
             print(terminal_line(line, self.end), flush=True)
+
+    def use_seq(self, seq: int) -> None:
+        """Tells of how many tokens a sample of the next step is: the work of a token grows with it."""
+        if self.log:
+            self.meter.flops = per_token(self.config.model.shape, seq)
+            self.meter.tokens = self.config.run.global_batch * seq
 
     def evaluation(self, step: int, tokens: int, loss: float) -> None:
         """Records one evaluation on the validation data."""

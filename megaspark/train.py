@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -24,21 +26,26 @@ from megaspark.errors import UserError
 from megaspark.optim import CosineSchedule
 from megaspark.ranks import Ranks
 from megaspark.recorders import Recorder
-from megaspark.samples import Samples, unigram_entropy
+from megaspark.samples import Phase, Samples, changed_past, unigram_entropy
 from megaspark.shards import TokenDataset
 
 DEMO = "llama-demo.yaml"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Trains as the command line says; returns the exit status. Raises UserError before anything is written or started."""
+    """Trains as the command line says and ends the process; raises UserError before anything is written or started."""
     args = _parser().parse_intermixed_args(argv)
     ranks = Ranks.from_environment()
     settle_accelerator()
     config, tree = load_config(args.config, args.overrides)
     checked = check_run(config, tree, ranks.world)
     start = find_start(checked, say=ranks.first)
-    return train(checked, ranks, start)
+    status = train(checked, ranks, start)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Not by way of Python's shutdown: threads of the process group can outlive it, and once in some hundred runs one then
+    # aborted a process (exit status -6) whose work was done and on the disk.
+    os._exit(status)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -59,6 +66,7 @@ def train(checked: Checked, ranks: Ranks, start: Checkpoint | None) -> int:
     folder = config.folder
     end = min(run.steps, run.stop_after or run.steps)
     step, taken = (start.step, int(start.state["samples"])) if start else (0, 0)
+    _check_changes(config, taken)
     if ranks.first:
         _open_folder(checked)
     if step >= end:
@@ -67,25 +75,29 @@ def train(checked: Checked, ranks: Ranks, start: Checkpoint | None) -> int:
     engine = Engine(checked, ranks)
     if start:
         _restore(engine, start, ranks)
-    batches = _batches(checked, checked.train, ranks)
-    held_out = _batches(checked, checked.validation, ranks) if checked.validation else None
+    samples = Samples(checked.train, config.data.phases, run.seed)
+    batches = _batches(checked, samples, ranks)
+    held_out = _batches(checked, Samples(checked.validation, config.data.seq, run.seed), ranks) if checked.validation else None
+    for first, name, count in samples.left_out:
+        _say(ranks, f"at sample {first:,} the cut changes: {count:,} samples of {name} are left out of its epoch")
     schedule = CosineSchedule(config.optim.lr, config.optim.min_lr, config.optim.warmup_steps, run.steps)
     recorder = Recorder(checked, ranks, engine, step, end)
     saved = True
     while step < end:
         lr = schedule(step)
+        recorder.use_seq(samples.phase(taken).seq)
         result = engine.step(batches.step(taken, run.global_batch), lr)
         step, taken = step + 1, taken + run.global_batch
-        recorder.step(step, taken * config.data.seq, result.loss, lr, result.grad_norm)
+        recorder.step(step, samples.tokens_before(taken), result.loss, lr, result.grad_norm)
         if held_out and run.eval_every and (step % run.eval_every == 0 or step == run.steps):
             loss = engine.evaluate(held_out.step(0, run.eval_batches * run.global_batch))
-            recorder.evaluation(step, taken * config.data.seq, loss)
+            recorder.evaluation(step, samples.tokens_before(taken), loss)
         if step == end or (run.save_every and step % run.save_every == 0):
-            saved = _save(checked, engine, ranks, step, taken)
+            saved = _save(checked, engine, ranks, step, taken, samples.tokens_before(taken))
             recorder.pause_over()
     recorder.close()
-    engine.close()
-    _say(ranks, f"{folder}: done at step {step}, {taken * config.data.seq:,} tokens")
+    engine.wait_for_all()
+    _say(ranks, f"{folder}: done at step {step}, {samples.tokens_before(taken):,} tokens")
     if not saved:
         _say(ranks, f"{folder}: the last checkpoint could not be written, see above")
     return 0 if saved else 1
@@ -134,6 +146,12 @@ def _check_same_run(checked: Checked, found: Checkpoint) -> None:
                 f"{found.folder} is of another model: its {name} is {_shape(theirs)}, this run's is {_shape(ours)}; "
                 "choose another run.name or the model that it was trained with"
             )
+    recorded = [Phase(**values) for values in found.state["phases"]]
+    if difference := changed_past(recorded, config.data.phases, int(found.state["samples"])):
+        raise UserError(
+            f"{found.folder} was trained with other data.seq, data.blend, data.packing or data.changes: {difference}; set it back "
+            f"and say what shall change from now on in data.changes, from sample {int(found.state['samples'])} or later"
+        )
     ours = _identity(checked)
     for key, was in found.state["identity"].items():
         if ours[key] != was:
@@ -143,17 +161,28 @@ def _check_same_run(checked: Checked, found: Checkpoint) -> None:
             )
 
 
+def _check_changes(config: RunConfig[Any], taken: int) -> None:
+    """Refuses samples of another length within one step."""
+    batch = config.run.global_batch
+    for before, after in pairwise(config.data.phases):
+        ahead = after.first_sample - taken
+        if ahead > 0 and before.seq != after.seq and ahead % batch:
+            near = taken + max(1, round(ahead / batch)) * batch
+            raise UserError(
+                f"data.changes: seq changes at sample {after.first_sample}, in the middle of a step of {batch} samples; "
+                f"nearest: sample {near}"
+            )
+
+
 def _shape(shape: tuple[int, ...] | None) -> str:
     return "absent" if shape is None else " x ".join(map(str, shape))
 
 
 def _identity(checked: Checked) -> dict[str, Any]:
-    """What must not change while a run goes on: the tokens, their order, and how they are cut into samples."""
+    """What must not change while a run goes on: the tokens and their order; how they are cut and blended is in the phases."""
     data = checked.config.data
     return {
-        "data.seq": data.seq,
         "data.document_mask": data.document_mask,
-        "data.blend": data.blend,
         "run.seed": checked.config.run.seed,
         "tokenizer sha256": _tokenizer(checked)[1],
         "training data sha256": data_digest(checked.train),
@@ -192,11 +221,9 @@ def _open_folder(checked: Checked) -> None:
     print(f"training data: {tokens:,} tokens, unigram entropy {facts['unigram_entropy']:.3f} nats a token")
 
 
-def _batches(checked: Checked, datasets: Mapping[str, TokenDataset], ranks: Ranks) -> Batches:
-    data, run = checked.config.data, checked.config.run
-    samples = Samples(datasets, data.seq, run.seed, data.blend if datasets is checked.train else None)
-    eos_id = next(iter(datasets.values())).eos_id if data.document_mask else None
-    return Batches(samples.__getitem__, eos_id, run.micro_batch, ranks.rank, checked.layout.data_parallel)
+def _batches(checked: Checked, samples: Samples, ranks: Ranks) -> Batches:
+    eos_id = samples.datasets[0].eos_id if checked.config.data.document_mask else None
+    return Batches(samples.__getitem__, eos_id, checked.config.run.micro_batch, ranks.rank, checked.layout.data_parallel)
 
 
 def _restore(engine: Engine, start: Checkpoint, ranks: Ranks) -> None:
@@ -206,14 +233,15 @@ def _restore(engine: Engine, start: Checkpoint, ranks: Ranks) -> None:
     engine.gather(None)  # nobody writes into the run folder before everybody has read from it
 
 
-def _save(checked: Checked, engine: Engine, ranks: Ranks, step: int, taken: int) -> bool:
+def _save(checked: Checked, engine: Engine, ranks: Ranks, step: int, taken: int, tokens: int) -> bool:
     """Writes the checkpoint of `step`; says whether it was written (a full disk stops the save, not the run)."""
     config, tokenizer = checked.config, _tokenizer(checked)
     prepend_bos = next(iter(checked.train.values())).manifest.prepend_bos
     state = {
         "step": step,
         "samples": taken,
-        "tokens": taken * config.data.seq,
+        "tokens": tokens,
+        "phases": [phase.recorded() for phase in config.data.phases],
         "identity": _identity(checked),
         "config": config.resolved(),
         "config_sha256": config_hash(config),

@@ -12,6 +12,7 @@ import yaml
 from conftest import CHECKOUT, VOCAB, TinyData, random_documents, snapshot, tiny_run, write_tokens
 from megaspark import settings
 from megaspark.config import RunConfig, check_run, load_config
+from megaspark.data_prep.dedup_jobs import DedupSettings
 from megaspark.data_prep.jobs import PrepSettings
 from megaspark.engine import parameter_shapes
 from megaspark.errors import UserError
@@ -19,16 +20,19 @@ from megaspark.flops import parameters
 from megaspark.models import ARCHITECTURES, architecture
 
 CONFIGS = CHECKOUT / "ds_configs"
-RUNS = sorted(p.name for p in CONFIGS.glob("*.yaml") if not p.name.startswith("prep-"))
-PREP_JOBS = sorted(p.name for p in CONFIGS.glob("prep-*.yaml"))
+SHIPPED = sorted(p.name for p in CONFIGS.glob("*.yaml"))
+RUNS = [name for name in SHIPPED if not name.startswith(("prep-", "dedup-"))]
 
 
-def load(name: str, overrides: list[str]) -> None:
-    """Loads any shipped config by its kind."""
-    if name in PREP_JOBS:
-        settings.load(CONFIGS / name, overrides, PrepSettings)
-    else:
-        load_config(CONFIGS / name, overrides)
+def schema_of(name: str) -> type[settings.Section]:
+    """What a shipped config of this name is checked against."""
+    kinds = {"prep": PrepSettings, "dedup": DedupSettings}
+    return kinds.get(name.partition("-")[0], RunConfig[architecture("llama").Config])
+
+
+def load(name: str, path: Path) -> None:
+    """Loads a config as its own program does."""
+    load_config(path, []) if name in RUNS else settings.load(path, [], schema_of(name))
 
 
 def said_keys(values: dict[str, Any], prefix: str = "") -> Iterator[str]:
@@ -46,35 +50,32 @@ def misspellings(word: str) -> list[str]:
     return sorted(found - {word, ""})
 
 
-def valid_names(section: str) -> set[str]:
-    """The keys beside which a misspelling would stand, in any kind of config."""
-    node: Any = {**dict.fromkeys(PrepSettings.model_fields), **RunConfig[architecture("llama").Config].model_fields, "base": None}
-    return set(node[section].annotation.model_fields) if section else set(node)
-
-
-@pytest.mark.parametrize("name", RUNS + PREP_JOBS)
+@pytest.mark.parametrize("name", SHIPPED)
 def test_shipped_configs_load(name):
     """A shipped config that its own program refuses."""
-    load(name, [])
+    load(name, CONFIGS / name)
 
 
-@pytest.mark.parametrize("name", RUNS + PREP_JOBS)
+@pytest.mark.parametrize("name", SHIPPED)
 def test_every_key_of_a_shipped_config_misspelled_is_refused(name, tmp_path):
     """One key that is read leniently is enough to train something else for a week."""
     tree = settings.read(CONFIGS / name, [])
+    valid = {"base", *settings.dotted_keys(schema_of(name))}
     tried = 0
     for key in said_keys(tree.values):
         section, _, last = key.rpartition(".")
         for wrong in misspellings(last):
-            if wrong in valid_names(section):
+            if f"{section}.{wrong}".lstrip(".") in valid:
                 continue
             values = yaml.safe_load(yaml.safe_dump(tree.values))
-            node = values[section] if section else values
+            node = values
+            for part in filter(None, section.split(".")):
+                node = node[part]
             node[wrong] = node.pop(last)
             path = tmp_path / name
             path.write_text(yaml.safe_dump(values))
             with pytest.raises(UserError) as caught:
-                load_config(path, []) if name in RUNS else settings.load(path, [], PrepSettings)
+                load(name, path)
             dotted = f"{section}.{wrong}" if section else wrong
             assert f"unknown key {dotted} ({path}:" in str(caught.value)
             assert f"did you mean {key}?" in str(caught.value)

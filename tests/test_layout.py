@@ -24,22 +24,31 @@ LAYERS = (
     "cli tools/*",
     "train",
     "recorders",
-    "engine data_prep/run",
-    "checkpoint config data_prep/outputs",
-    "data_prep/units",
-    "data_prep/jobs",
-    "fragments deepspeed_files hf models/* data_prep/steps data_prep/encode",
-    "data_prep/filters/*",
-    "models/__init__ models/blocks optim batches data_prep/documents data_prep/workers",
-    "kernels/* samples meters",
-    "shards",
+    "engine data_prep/run data_prep/dedup",
+    "data_prep/dry_run",
+    "checkpoint config data_prep/outputs data_prep/dedup_jobs",
+    "data_prep/units data_prep/sketches",
+    "data_prep/jobs data_prep/clusters",
+    "fragments deepspeed_files hf models/* data_prep/steps data_prep/fast_encoders",
+    "data_prep/filters/* data_prep/encode",
+    "data_prep/filters/_shared",
+    "models/__init__ models/blocks optim batches data_prep/documents data_prep/stages",
+    "data_prep/tables data_prep/duplicates data_prep/workers",
+    "data_prep/streams",
+    "data_prep/sources data_prep/sorted_runs data_prep/minhash",
+    "kernels/* samples meters overlaps",
+    "packing",
+    "permutations shards",
     "hf_tokenizers",
     "manifests settings",
     "ranks flops energy",
     "errors __init__",
 )
 # Neither these nor data_prep may need torch: a data job on a head node starts in a blink.
-WITHOUT_TORCH = ("shards", "manifests", "settings", "samples", "ranks", "flops", "errors", "cli", "__init__", "data_prep/*")
+WITHOUT_TORCH = (
+    "shards", "manifests", "settings", "samples", "packing", "permutations", "overlaps",
+    "ranks", "flops", "errors", "cli", "__init__", "data_prep/*",
+)
 HEAVY = {"torch", "deepspeed", "transformers"}
 
 

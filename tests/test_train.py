@@ -147,6 +147,24 @@ def test_damaged_checkpoint_is_named_and_the_one_before_it_used(finished: Path, 
     assert refused.returncode == 2 and "no checkpoint to resume from" in refused.stderr
 
 
+def test_change_of_blend_and_length_in_mid_run(tiny_data: TinyData, tmp_path: Path) -> None:
+    """Changed by hand between two starts, a blend repeats or loses samples unseen; planned, stopped and resumed it must not."""
+    changes = "data.changes=[{sample: 16, blend: {a: 3, b: 1}}, {sample: 32, seq: 12}]"
+    common = ["run.steps=6", "run.save_every=0", "run.eval_every=0", changes]
+    config, _ = tiny_run(tiny_data, tmp_path)
+    alone("pretrain", "--config", str(config), "run.name=whole", *common).checked()
+    # The first part need not know of what is planned for later; the second may plan it still.
+    alone("pretrain", "--config", str(config), "run.name=parts", *common[:-1], "run.stop_after=2").checked()
+    alone("pretrain", "--config", str(config), "run.name=parts", *common).checked()
+    assert losses(tmp_path / "runs/parts") == losses(tmp_path / "runs/whole")
+    lines = [json.loads(line) for line in (tmp_path / "runs/whole/metrics.jsonl").read_text().splitlines()]
+    assert [line["tokens"] for line in lines] == [192, 384, 576, 768, 864, 960]  # 8 samples of 24, then of 12
+    refused = alone("pretrain", "--config", str(config), "run.name=parts", "run.steps=9", changes.replace("16", "8"))
+    assert refused.returncode == 2 and "data.changes" in refused.stderr, refused.stderr[-2000:]
+    middle = alone("pretrain", "--config", str(config), "run.name=new", "data.changes=[{sample: 20, seq: 12}]")
+    assert middle.returncode == 2 and "nearest: sample" in middle.stderr and not (tmp_path / "runs/new").exists()
+
+
 REFUSALS: dict[str, tuple[list[str], list[str]]] = {
     "misspelled key": (["run.micro_bach=4"], ["run.micro_batch", "command line"]),
     "no data": (["data.train=nowhere"], ["nowhere", "megaspark prep"]),
