@@ -104,7 +104,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("job", help="a YAML file: input, output, method, keep ... (see ds_configs/dedup-*.yaml)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that win over the file")
     arguments = parser.parse_args(argv)
-    check_launcher()
+    check_launcher("dedup")
     job = load_job(arguments.job, arguments.overrides)
     again = f"finished parts are kept in {job.output}; the same command goes on with the rest"
     try:

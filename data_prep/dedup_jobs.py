@@ -7,26 +7,26 @@ OUTPUT/manifest.json         written last, when OUTPUT/duplicates is whole
 
 from __future__ import annotations
 
-import fcntl
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from megaspark import settings
 from megaspark.data_prep.duplicates import DuplicateSet
 from megaspark.data_prep.minhash import MinHasher, best_bands
 from megaspark.data_prep.sketches import BandKeys, ExactKeys, Keys, Reader
-from megaspark.data_prep.sources import InputFile, dataset_name, find_inputs
+from megaspark.data_prep.sources import InputFile, Inputs, find_inputs
+from megaspark.data_prep.workers import LOCK, locked
 from megaspark.errors import UserError
 from megaspark.manifests import MANIFEST, UNFINISHED, write_atomically
 
-_JOB, _LOCK = "job.json", ".lock"
+_JOB = "job.json"
 _FREE = {"input", "output", "workers", "memory_mb"}  # settings that decide no byte of the output
 
 
@@ -92,7 +92,7 @@ class DedupSettings(settings.Section):
     document longer than 256 K characters takes up to 70 bytes a character more.
     """
 
-    input: list[str]
+    input: Inputs
     output: str
     method: Method
     keep: Literal["first", "longest"] | Score = "first"
@@ -100,14 +100,6 @@ class DedupSettings(settings.Section):
     unit_mb: float = Field(default=1024, gt=0)
     memory_mb: int = Field(default=1024, ge=8)
     workers: int | None = Field(default=None, gt=0)
-
-    @field_validator("input", mode="before")
-    @classmethod
-    def _one_or_many(cls, value: Any) -> Any:
-        values = [value] if isinstance(value, str | Mapping) else value
-        if not isinstance(values, Sequence):
-            return values
-        return [dataset_name(item) if isinstance(item, Mapping) else item for item in values]
 
 
 @dataclass(frozen=True)
@@ -158,11 +150,7 @@ def claimed(job: DedupJob) -> Iterator[bool]:
     """Takes the output for this job alone; yields whether it was finished before. Raises UserError if it is another's."""
     _check_owner(job)
     job.output.mkdir(parents=True, exist_ok=True)
-    with open(job.output / _LOCK, "a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{job.output}: another job is writing here") from None
+    with locked(job.output):
         finished = _check_owner(job)  # again, for it may have finished in between
         work = job.output / UNFINISHED
         if finished:
@@ -185,7 +173,7 @@ def _check_owner(job: DedupJob) -> bool:
     elif (output / UNFINISHED / _JOB).exists():
         before = json.loads((output / UNFINISHED / _JOB).read_bytes())
     else:
-        others = [p.name for p in output.iterdir() if p.name not in (_LOCK, UNFINISHED)] if output.exists() else []
+        others = [p.name for p in output.iterdir() if p.name not in (LOCK, UNFINISHED)] if output.exists() else []
         if others:
             raise UserError(f"output: {output} holds other files ({min(others)}); give an empty or a new folder")
         return False

@@ -34,6 +34,20 @@ class Document:
     line: int = 0
 
 
+def batches(documents: Iterator[Document], chars: int, most: int = 1 << 20) -> Iterator[list[Document]]:
+    """Groups documents until a batch holds at least `chars` characters of text, or `most` documents."""
+    batch: list[Document] = []
+    held_chars = 0
+    for document in documents:
+        batch.append(document)
+        held_chars += len(document.text)
+        if held_chars >= chars or len(batch) >= most:
+            yield batch
+            batch, held_chars = [], 0
+    if batch:
+        yield batch
+
+
 @dataclass(frozen=True, slots=True)
 class BadInput:
     """A line or row (from 1), or a whole file where `line` is None, that gave no document."""

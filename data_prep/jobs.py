@@ -8,19 +8,19 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
 from megaspark import settings
 from megaspark.data_prep.documents import Document, read_documents
 from megaspark.data_prep.encode import BatchEncoder, Encoder, load_tokenizer
 from megaspark.data_prep.fast_encoders import AUTO, REFERENCE, load_encoder
-from megaspark.data_prep.sources import DATASET, InputFile, dataset_name, find_inputs
+from megaspark.data_prep.sources import DATASET, InputFile, Inputs, find_inputs
 from megaspark.data_prep.steps import Spec, Step, load_steps
 from megaspark.errors import UserError
 
@@ -38,7 +38,7 @@ class PrepSettings(settings.Section):
     `input` may hold paths, globs, URLs of fsspec's and datasets, `holdout` is the fraction of texts that go to OUTPUT/holdout.
     """
 
-    input: list[str]
+    input: Inputs
     output: str
     tokenizer: str
     encoder: Literal["auto", "reference", "gigatoken", "kitoken"] = AUTO
@@ -52,14 +52,6 @@ class PrepSettings(settings.Section):
     text_field: str = "text"
     source_field: str = "meta.redpajama_set_name"
     workers: int | None = Field(default=None, gt=0)
-
-    @field_validator("input", mode="before")
-    @classmethod
-    def _one_or_many(cls, value: Any) -> Any:
-        values = [value] if isinstance(value, str | Mapping) else value
-        if not isinstance(values, Sequence):
-            return values
-        return [dataset_name(item) if isinstance(item, Mapping) else item for item in values]
 
 
 @dataclass(frozen=True)

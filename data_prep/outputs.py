@@ -10,7 +10,6 @@ OUTPUT/.done/job.json        .work, renamed when everything is in place
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
@@ -21,11 +20,11 @@ from pathlib import Path
 
 from megaspark.data_prep.jobs import Job, Unit, changes
 from megaspark.data_prep.units import BAD, HOLDOUT, STOP, Record, describe, unit_folder
+from megaspark.data_prep.workers import LOCK, locked
 from megaspark.errors import UserError
 from megaspark.shards import UNFINISHED, Counts, Manifest, ShardInfo, TokenDataset, dtype_for, fsync_folder, write_atomically
 
 _JOB = "job.json"
-_LOCK = ".lock"
 _DONE = ".done"
 _DATASETS = "datasets.json"
 
@@ -39,11 +38,7 @@ def claimed(job: Job) -> Iterator[bool]:
     """
     _check_owner(job)
     job.output.mkdir(parents=True, exist_ok=True)
-    with open(job.output / _LOCK, "a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{job.output}: another job is writing here") from None
+    with locked(job.output):
         finished = _check_owner(job)  # again, for it may have finished in between
         if not finished:
             work = job.output / UNFINISHED
@@ -70,7 +65,7 @@ def _check_owner(job: Job) -> bool:
                 _check_whole(output)
                 return True
             return False
-    others = [p.name for p in output.iterdir() if p.name not in (_LOCK, UNFINISHED)] if output.exists() else []
+    others = [p.name for p in output.iterdir() if p.name not in (LOCK, UNFINISHED)] if output.exists() else []
     if others:
         raise UserError(f"output: {output} holds other files ({min(others)}); give an empty or a new folder")
     return False

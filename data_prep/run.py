@@ -42,7 +42,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that win over the file")
     parser.add_argument("--dry-run", action="store_true", help="write nothing: say what the steps drop of a sample, and why")
     arguments = parser.parse_intermixed_args(argv)  # options between settings
-    check_launcher()
+    check_launcher("prep")
     job = load_job(arguments.job, arguments.overrides)
     if arguments.dry_run:
         print(report(job))

@@ -12,7 +12,7 @@ from typing import Any, BinaryIO, Protocol
 import numpy as np
 
 from megaspark.data_prep.clusters import KEYS, SCORES
-from megaspark.data_prep.documents import Document, read_documents
+from megaspark.data_prep.documents import Document, batches, read_documents
 from megaspark.data_prep.duplicates import FileRecord, content_sha256
 from megaspark.data_prep.minhash import MinHasher, band_keys
 from megaspark.data_prep.sorted_runs import RunWriter
@@ -89,7 +89,7 @@ def sketch(reader: Reader, part: Path, unit: Sequence[InputFile]) -> Result:
 def _sketch_file(reader: Reader, file: InputFile, base: int, table: RunWriter, scores: BinaryIO, part: Path) -> FileRecord:
     counts = {"lines": 0, "documents": 0, "bad": 0, "without_score": 0}
     written = 0
-    for batch in _batches(_sound(reader, file, counts)):
+    for batch in batches(_sound(reader, file, counts), _BATCH_CHARS, _BATCH_DOCUMENTS):
         check_not_stopped(part)
         lines = np.array([document.line for document in batch], np.uint64)
         keys, found = reader.keys.of([document.text for document in batch])
@@ -119,19 +119,6 @@ def _sound(reader: Reader, file: InputFile, counts: dict[str, int]) -> Iterator[
             yield item
         else:
             counts["bad"] += 1
-
-
-def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
-    batch: list[Document] = []
-    chars = 0
-    for document in documents:
-        batch.append(document)
-        chars += len(document.text)
-        if chars >= _BATCH_CHARS or len(batch) >= _BATCH_DOCUMENTS:
-            yield batch
-            batch, chars = [], 0
-    if batch:
-        yield batch
 
 
 def _score(reader: Reader, document: Document) -> float:

@@ -13,8 +13,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Annotated, Any
 from urllib.parse import parse_qsl, urlencode
+
+from pydantic import BeforeValidator
 
 from megaspark.errors import UserError
 from megaspark.settings import nearest
@@ -165,6 +167,17 @@ def dataset_name(options: Mapping[str, Any]) -> str:
         raise UserError("input: a mapping names a dataset: {datasets: PATH_OR_ID, split: train}")
     query = urlencode({key: options[key] for key in _DATASET_OPTIONS if key in options}, safe="/*,:")
     return f"{DATASET}{options['datasets']}{'?' * bool(query)}{query}"
+
+
+def _one_or_many(value: Any) -> Any:
+    values = [value] if isinstance(value, str | Mapping) else value
+    if not isinstance(values, Sequence):
+        return values
+    return [dataset_name(item) if isinstance(item, Mapping) else item for item in values]
+
+
+# The `input` of a job's settings: one name or several, a dataset perhaps as a mapping.
+Inputs = Annotated[list[str], BeforeValidator(_one_or_many)]
 
 
 def open_dataset(name: str) -> Any:

@@ -16,7 +16,7 @@ from urllib.parse import quote
 
 import numpy as np
 
-from megaspark.data_prep.documents import BadInput, Document, read_documents
+from megaspark.data_prep.documents import BadInput, Document, batches, read_documents
 from megaspark.data_prep.encode import Ids
 from megaspark.data_prep.fast_encoders import REFERENCE, UnequalIds
 from megaspark.data_prep.jobs import Job, Unit
@@ -133,7 +133,7 @@ class _UnitWork:
         with ExitStack() as open_files:
             bad: TextIO = open_files.enter_context(open(self.folder / BAD, "w", encoding="utf-8"))
             for file in self.unit.files:
-                for batch in _batches(self._kept(self._sound(file, bad))):
+                for batch in batches(self._kept(self._sound(file, bad)), _BATCH_CHARS):
                     self._write(batch, open_files)
                     self._report()
                 file.check_unchanged()
@@ -239,20 +239,6 @@ class _UnitWork:
         self.folder.with_suffix(".progress").write_text(json.dumps(self.progress))
         if (self.folder.parent / STOP).exists():
             raise RuntimeError("another unit failed")
-
-
-def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
-    """Groups documents until a batch holds about a million characters."""
-    batch: list[Document] = []
-    chars = 0
-    for document in documents:
-        batch.append(document)
-        chars += len(document.text)
-        if chars >= _BATCH_CHARS:
-            yield batch
-            batch, chars = [], 0
-    if batch:
-        yield batch
 
 
 def _bad_line(item: BadInput) -> dict[str, Any]:

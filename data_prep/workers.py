@@ -6,16 +6,21 @@ this machine, which never outlive the one that started them.
 
 from __future__ import annotations
 
+import fcntl
 import multiprocessing
 import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TypeVar
 
 from megaspark.errors import UserError
 from megaspark.ranks import end_with_parent
+
+LOCK = ".lock"  # in an output folder, from its first job on
 
 UnitT = TypeVar("UnitT")
 ResultT = TypeVar("ResultT")
@@ -23,13 +28,24 @@ ResultT = TypeVar("ResultT")
 _RANKS = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")  # set by Open MPI's and by MPICH's and Slurm's launchers
 
 
-def check_launcher() -> None:
-    """Raises UserError where an MPI launcher started several jobs that know nothing of each other."""
+@contextmanager
+def locked(output: Path) -> Iterator[None]:
+    """Keeps every other job from writing to the folder `output`; raises UserError where one is at work there already."""
+    with open(output / LOCK, "a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{output}: another job is writing here") from None
+        yield
+
+
+def check_launcher(verb: str) -> None:
+    """Raises UserError where an MPI launcher started several jobs that know nothing of each other; `verb`: prep, dedup."""
     ranks = max(int(os.environ.get(name, "1")) for name in _RANKS)
     if ranks > 1 and not _under_mpi():
         raise UserError(
             f"started {ranks} times over by an MPI launcher; to share one job: "
-            f"mpirun -n {ranks} python -m mpi4py.futures -m megaspark prep JOB.yaml"
+            f"mpirun -n {ranks} python -m mpi4py.futures -m megaspark {verb} JOB.yaml"
         )
 
 
