@@ -43,8 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     status = train(checked, ranks, start)
     sys.stdout.flush()
     sys.stderr.flush()
-    # Not by way of Python's shutdown: threads of the process group can outlive it, and once in some hundred runs one then
-    # aborted a process (exit status -6) whose work was done and on the disk.
+    # Not by way of Python's shutdown: once, when it still was, a process of a finished run aborted on its way out (exit status
+    # -6, "terminate called without an active exception"), and the launcher called the run failed. The cause was not found.
     os._exit(status)
 
 
