@@ -37,6 +37,8 @@ LAYERS = (
     "data_prep/streams",
     "data_prep/sources data_prep/sorted_runs data_prep/minhash",
     "kernels/* samples meters overlaps",
+    "kernels/dispatch",
+    "kernels/interpreter kernels/cases",
     "packing",
     "permutations shards",
     "hf_tokenizers",
@@ -154,6 +156,8 @@ def names_in(entry: str) -> list[str]:
         return [name for part in inside.rstrip("}").split(",") for name in names_in(folder + part.strip())]
     if entry == "models/<arch>":
         return [name for name in MODULES if name.startswith("models/") and name not in ("models/__init__", "models/blocks")]
+    if entry == "kernels/<op>":
+        return [name for name in MODULES if name.startswith("kernels/") and line_of(name) == line_of("kernels/rope")]
     found = [name for name in MODULES if fnmatch(name, entry)]
     assert found, f"docs/architecture.md shows {entry}, which is no module"
     return found

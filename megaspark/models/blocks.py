@@ -23,17 +23,17 @@ from megaspark.kernels.swiglu import swiglu
 class Context(NamedTuple):
     """What every block needs to know of the tokens' places, made once a batch.
 
-    cos_BS1D, sin_BS1D: rotary angles in the compute dtype; mask_B1SS: additive, or None for plain causal attention.
+    cos_BSC, sin_BSC: rotary angles of half a head's features; mask_B1SS: additive, or None for plain causal attention.
     """
 
-    cos_BS1D: Tensor
-    sin_BS1D: Tensor
+    cos_BSC: Tensor
+    sin_BSC: Tensor
     mask_B1SS: Tensor | None
 
 
-def make_context(positions_BS: Tensor, head_dim: int, theta: float, dtype: torch.dtype, documents: bool) -> Context:
+def make_context(positions_BS: Tensor, frequencies_C: Tensor, dtype: torch.dtype, documents: bool) -> Context:
     """Rotary angles and, if `documents`, the mask that keeps attention inside each of them (positions restart there)."""
-    cos, sin = rope_angles(positions_BS, head_dim, theta, dtype)
+    cos, sin = rope_angles(positions_BS, frequencies_C)
     return Context(cos, sin, document_mask(positions_BS, dtype) if documents else None)
 
 
@@ -89,7 +89,7 @@ class Attention(nn.Module):
         """x_BSE: [B, S, E]. Returns the same shape."""
         # The head count comes from the projection's width, so that a rank holding some of the heads needs no telling.
         q, k, v = (p(x_BSE).unflatten(-1, (-1, self.head_dim)) for p in (self.q, self.k, self.v))
-        q, k = rope(q, context.cos_BS1D, context.sin_BS1D), rope(k, context.cos_BS1D, context.sin_BS1D)
+        q, k = rope(q, k, context.cos_BSC, context.sin_BSC)
         return self.o(attention(q, k, v, context.mask_B1SS).flatten(2))
 
 

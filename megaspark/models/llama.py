@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from megaspark.flops import Shape
+from megaspark.kernels.rope import rope_frequencies
 from megaspark.models.blocks import Attention, Context, Embedding, Head, RMSNorm, SwiGLU, initialize, make_context
 from megaspark.settings import Section
 
@@ -101,7 +102,7 @@ class Model(nn.Module):
 
     def context(self, positions_BS: Tensor, dtype: torch.dtype, documents: bool) -> Context:
         """What the blocks need to know of positions [B, S]; see `make_context`."""
-        return make_context(positions_BS, self.config.dim, self.config.rope_theta, dtype, documents)
+        return make_context(positions_BS, rope_frequencies(self.config.dim, self.config.rope_theta), dtype, documents)
 
     def forward(self, tokens_BS: Tensor, positions_BS: Tensor | None = None, labels_BS: Tensor | None = None) -> Tensor:
         """Logits [B, S, V], or with labels_BS the mean loss as a fp32 scalar.
