@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -27,6 +28,10 @@ class Inputs:
         generator = torch.Generator().manual_seed(self.seed + sum((i + 1) * size for i, size in enumerate(shape)))
         return (torch.randn(shape, generator=generator) * std).to(self.device, dtype)
 
+    def zeros(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        """Zeros in the case's dtype, or in another."""
+        return (torch.empty if self.empty else torch.zeros)(shape, dtype=dtype or self.dtype, device=self.device)
+
     def integers(self, below: int, *shape: int) -> Tensor:
         """int64 numbers in [0, below)."""
         if self.empty:
@@ -40,7 +45,8 @@ class Case:
     """One call of an op at a size that matters.
 
     make: Inputs -> the op's keyword arguments. differentiated: the arguments that get a gradient. forward and backward: the
-    FLOPs of it (matrix products only) and the least bytes it can move: each input read once, each output written once.
+    FLOPs of it (matrix products only) and the least bytes it can move: each input read once, each output written once. op: the
+    function's name where it is not the module's (`function` finds it).
     """
 
     name: str
@@ -51,3 +57,8 @@ class Case:
     forward_flops: int = 0
     backward_flops: int = 0
     dtype: torch.dtype = torch.bfloat16
+    op: str | None = None
+
+    def function(self, module: ModuleType) -> Callable[..., Any]:
+        """The op that this case calls, of the module that holds the case."""
+        return getattr(module, self.op or module.__name__.rpartition(".")[2])

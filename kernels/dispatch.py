@@ -7,12 +7,23 @@
     rms_norm(x, weight, eps, backend="reference")
 
 An op may have more of them (a native CPU one, torch's SDPA) and say itself what "auto" means.
+
+The part of an op that launches kernels is one function, opaque to torch.compile, which also tells it the outputs' shapes:
+
+    @launcher("rms_norm_forward")
+    def _forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        y, rstd = ...                                # allocate the outputs
+        if not only_shapes(x):
+            _kernel[grid](...)
+        return y, rstd
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -20,6 +31,7 @@ from typing import Any
 
 import torch
 import triton
+from torch._subclasses.fake_tensor import FakeTensor
 
 INTERPRETED: bool = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1 was set when triton was first imported
 
@@ -58,10 +70,64 @@ def kernel(auto: Callable[..., str] = by_device, **others: Callable[..., Any]) -
     return decorate
 
 
+def launcher(name: str, mutates_args: tuple[str, ...] = ()) -> Callable[[Callable[..., Any]], Any]:
+    """Makes torch.ops.megaspark.<name>, a custom op that torch.compile and DeepSpeed take whole, of a function with type hints.
+
+    The function is its own fake implementation: it allocates the outputs, and launches nothing if `only_shapes` of an input.
+    """
+
+    def register(function: Callable[..., Any]) -> Any:
+        op = torch.library.custom_op(f"megaspark::{name}", function, mutates_args=mutates_args)
+        op.register_fake(function)
+        return op
+
+    return register
+
+
+_compiling_only = False
+
+
+def only_shapes(tensor: torch.Tensor) -> bool:
+    """Whether a tensor has no memory to launch a kernel on: torch.compile asks with such what shapes an op gives."""
+    return isinstance(tensor, FakeTensor) and not _compiling_only
+
+
+@contextmanager
+def compiling_only() -> Iterator[None]:
+    """Within it kernels are launched on tensors without memory too: for a Triton that compiles and runs nothing."""
+    global _compiling_only
+    _compiling_only = True
+    try:
+        yield
+    finally:
+        _compiling_only = False
+
+
+@functools.cache
+def processors(device: torch.device) -> int:
+    """How many streaming multiprocessors (AMD: compute units) a GPU has; in the interpreter 132, as many as an H100 or H200."""
+    if INTERPRETED:
+        return 132
+    return triton.runtime.driver.active.utils.get_device_properties(device.index or 0)["multiprocessor_count"]
+
+
+def row_tiles(rows: int, width: int, tile: int, per_processor: int, device: torch.device) -> tuple[int, dict[str, int]]:
+    """How a kernel that keeps whole rows in registers goes over them: (programs, {ROWS, BLOCK}).
+
+    A program takes ROWS rows of `width` padded to BLOCK, about `tile` elements, at a time, and at most `per_processor` programs
+    a multiprocessor share all rows: what is read or written once a program (weights, partial sums) stays small beside the rows.
+    """
+    block = triton.next_power_of_2(width)
+    rows_at_once = max(1, tile // block)
+    programs = min(per_processor * processors(device), triton.cdiv(rows, rows_at_once))
+    return programs, {"ROWS": rows_at_once, "BLOCK": block}
+
+
 @functools.cache
 def op_modules() -> dict[str, ModuleType]:
     """Every file of this folder that holds an op, by the op's name: those with `cases()`."""
-    names = sorted(path.stem for path in Path(__file__).parent.glob("*.py") if "def cases(" in path.read_text(encoding="utf-8"))
+    paths = sorted(Path(__file__).parent.glob("*.py"))
+    names = [path.stem for path in paths if re.search(r"^def cases\(", path.read_text(encoding="utf-8"), re.MULTILINE)]
     return {name: import_module(f"megaspark.kernels.{name}") for name in names}
 
 

@@ -1,60 +1,275 @@
 """The last linear layer and its cross-entropy in one, over chunks of tokens: all the logits never exist at once.
 
-A 4,096-token sequence at a vocabulary of 32,000 holds 524 MB of fp32 logits and as much again for their gradient; here a
-chunk's logits become a loss and a gradient at once and are forgotten. 6NVD FLOPs in all, as the plain layer takes.
+A 4,096-token sequence at a vocabulary of 32,000 holds 524 MB of fp32 logits and as much again for their gradient. Here a
+chunk's logits, in the dtype of the weights, become losses and then, in the same memory, their own gradient, which is multiplied
+into the gradients of both inputs and forgotten. That takes 6NVE FLOPs, as the plain layer does; recomputing the logits in a
+backward pass (Wijmans et al. 2024, arXiv 2411.09009) would take 8NVE.
 """
 
+from __future__ import annotations
+
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+import triton
+import triton.language as tl
 from torch import Tensor
 
-CHUNK_TOKENS = 1024  # 1,024 rows of 32,000 fp32 logits are 131 MB
+from megaspark.kernels.cases import Case, Inputs
+from megaspark.kernels.dispatch import kernel, launcher, only_shapes
+
+# Logits held at once. The weights' gradient is read and written once a chunk, so bigger chunks move less; on a CPU 1,024 rows of
+# 32,000 bf16 logits are enough for AMX: more gain nothing.
+CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 256 << 20}
+BLOCK_BYTES = 1 << 20  # what a CPU's core works on at a time: half of its second-level cache on a server
+
+CONFIGS: dict[str, list[dict[str, int]]] = {"_softmax_kernel": [{"BLOCK": 4096, "num_warps": 8}, {"BLOCK": 8192, "num_warps": 16}]}
 
 
-def linear_cross_entropy(hidden_NE: Tensor, weight_VE: Tensor, labels_N: Tensor) -> Tensor:
-    """Mean over tokens of -log softmax(hidden weight^T)[label], in fp32.
+def linear_cross_entropy_reference(
+    hidden_NE: Tensor, weight_VE: Tensor, labels_N: Tensor, *, ignore_index: int = -100, z_loss: float = 0.0
+) -> Tensor:
+    """The same with all logits held, as plain torch has it: what `linear_cross_entropy` must equal."""
+    logits_NV = F.linear(hidden_NE, weight_VE)
+    logits_NV = logits_NV if logits_NV.dtype == torch.float64 else logits_NV.float()
+    losses_N = F.cross_entropy(logits_NV, labels_N, ignore_index=ignore_index, reduction="none")
+    counted_N = labels_N != ignore_index
+    losses_N = losses_N + z_loss * torch.where(counted_N, logits_NV.logsumexp(-1).square(), 0.0)
+    return losses_N.sum() / counted_N.sum().clamp(min=1)
 
-    hidden_NE: [N, E]; weight_VE: [V, E] of the same float dtype; labels_N: [N] int64 in [0, V). Returns a fp32 scalar.
-    The gradients are made in the forward pass, one chunk after the other, whenever one is wanted.
+
+def _linear_cross_entropy_torch(
+    hidden_NE: Tensor, weight_VE: Tensor, labels_N: Tensor, *, ignore_index: int = -100, z_loss: float = 0.0
+) -> Tensor:
+    return _run(hidden_NE, weight_VE, labels_N, ignore_index, z_loss, in_triton=False)[0]
+
+
+@kernel(reference=_linear_cross_entropy_torch)
+def linear_cross_entropy(
+    hidden_NE: Tensor, weight_VE: Tensor, labels_N: Tensor, *, ignore_index: int = -100, z_loss: float = 0.0
+) -> Tensor:
+    """Mean of -log softmax(hidden weight^T)[label], over the labels that count, in fp32.
+
+    hidden_NE: [N, E]; weight_VE: [V, E] of the same float dtype; labels_N: [N] integers in [0, V), or ignore_index: such tokens
+    weigh nothing, and if all are such the loss and its gradients are 0. z_loss: its multiple of logsumexp^2 is added to each
+    token's loss (Chowdhery et al. 2022, arXiv 2204.02311, section 5). Returns a fp32 scalar. The gradients that are wanted are
+    made in the forward pass: under ZeRO-3 the weights are here only then. Raises ValueError for shapes and dtypes that do not
+    fit; a label out of range is an error on the CPU, and a loss of NaN on a GPU.
     """
-    return _LinearCrossEntropy.apply(hidden_NE, weight_VE, labels_N)
+    return _run(hidden_NE, weight_VE, labels_N, ignore_index, z_loss, in_triton=True)[0]
 
 
-def linear_cross_entropy_reference(hidden_NE: Tensor, weight_VE: Tensor, labels_N: Tensor) -> Tensor:
-    """The same with all logits held: what `linear_cross_entropy` must equal."""
-    return F.cross_entropy(F.linear(hidden_NE, weight_VE).float(), labels_N)
+def _token_losses_torch(hidden_NE: Tensor, weight_VE: Tensor, labels_N: Tensor, *, ignore_index: int = -100) -> Tensor:
+    with torch.no_grad():
+        return _run(hidden_NE, weight_VE, labels_N, ignore_index, 0.0, in_triton=False)[1]
 
 
-class _LinearCrossEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, hidden_NE: Tensor, weight_VE: Tensor, labels_N: Tensor) -> Tensor:
-        wanted = ctx.needs_input_grad
-        tokens = hidden_NE.shape[0]
-        loss = torch.zeros((), dtype=torch.float32, device=hidden_NE.device)
-        grad_hidden_NE = torch.empty_like(hidden_NE) if wanted[0] else None
-        grad_weight_VE = torch.zeros(weight_VE.shape, dtype=torch.float32, device=hidden_NE.device) if wanted[1] else None
-        for start in range(0, tokens, CHUNK_TOKENS):
-            rows = slice(start, start + CHUNK_TOKENS)
-            hidden, labels = hidden_NE[rows], labels_N[rows, None]
-            log_p = torch.log_softmax(F.linear(hidden, weight_VE).float(), dim=-1)
-            loss -= log_p.gather(1, labels).sum()
-            if not (wanted[0] or wanted[1]):
-                continue
-            grad_logits = log_p.exp_().scatter_add_(1, labels, log_p.new_full(labels.shape, -1.0)).div_(tokens)
-            grad_logits = grad_logits.to(hidden.dtype)
-            if grad_hidden_NE is not None:
-                torch.mm(grad_logits, weight_VE, out=grad_hidden_NE[rows])
-            if grad_weight_VE is not None:
-                grad_weight_VE += grad_logits.T @ hidden
-        ctx.save_for_backward(grad_hidden_NE, grad_weight_VE)
-        ctx.dtype = hidden_NE.dtype
-        return loss / tokens
+@kernel(reference=_token_losses_torch)
+def token_losses(hidden_NE: Tensor, weight_VE: Tensor, labels_N: Tensor, *, ignore_index: int = -100) -> Tensor:
+    """The loss of each token, [N] in fp32, 0 where it is ignored, without gradients; arguments as in `linear_cross_entropy`."""
+    with torch.no_grad():
+        return _run(hidden_NE, weight_VE, labels_N, ignore_index, 0.0, in_triton=True)[1]
 
-    @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        grad_hidden, grad_weight = ctx.saved_tensors
-        # The scale (1/3 for three micro-batches) is applied in fp32: rounded to bf16 it would lengthen all gradients by 0.2 %.
-        scaled = [None if g is None else (g.float() * grad_loss).to(ctx.dtype) for g in (grad_hidden, grad_weight)]
-        return scaled[0], scaled[1], None
+
+def _run(
+    hidden_NE: Tensor, weight_VE: Tensor, labels_N: Tensor, ignore_index: int, z_loss: float, in_triton: bool
+) -> tuple[Tensor, ...]:
+    """Looks at the arguments, and makes the gradients that are wanted and no others; returns what `_forward` does."""
+    found = f"hidden {tuple(hidden_NE.shape)} {hidden_NE.dtype}, weight {tuple(weight_VE.shape)} {weight_VE.dtype}"
+    if hidden_NE.ndim != 2 or weight_VE.ndim != 2 or hidden_NE.shape[1] != weight_VE.shape[1]:
+        raise ValueError(f"linear_cross_entropy takes hidden [N, E] and weight [V, E]; these are {found}")
+    if hidden_NE.dtype != weight_VE.dtype or hidden_NE.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"linear_cross_entropy takes one dtype, float32, bfloat16 or float16; these are {found}")
+    if labels_N.shape != hidden_NE.shape[:1] or labels_N.dtype not in (torch.int64, torch.int32):
+        found = f"{tuple(labels_N.shape)} {labels_N.dtype}, {found}"
+        raise ValueError(f"linear_cross_entropy takes integer labels [N]; these are {found}")
+    wanted = [torch.is_grad_enabled() and x.requires_grad for x in (hidden_NE, weight_VE)]
+    return _forward(hidden_NE, weight_VE, labels_N, ignore_index, z_loss, in_triton, *wanted)
+
+
+@launcher("linear_cross_entropy_forward")
+def _forward(
+    hidden_NE: Tensor, weight_VE: Tensor, labels_N: Tensor, ignore_index: int, z_loss: float, in_triton: bool,
+    hidden_wanted: bool, weight_wanted: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """(mean loss, each token's loss [N], 1 / how many count, gradients of the losses' sum by hidden and by weight).
+
+    A gradient that is not wanted is empty; the weights' is in fp32 unless one chunk covers all tokens.
+    """
+    tokens, vocab = hidden_NE.shape[0], weight_VE.shape[0]
+    most = max(1, CHUNK_BYTES["cuda" if hidden_NE.is_cuda else "cpu"] // (vocab * hidden_NE.element_size()))
+    chunk = triton.cdiv(tokens, triton.cdiv(tokens, most)) if tokens > most else tokens  # equal ones
+    fp32 = {"dtype": torch.float32, "device": hidden_NE.device}
+    losses_N, loss, inverse_count = torch.empty(tokens, **fp32), torch.empty((), **fp32), torch.empty((), **fp32)
+    grad_hidden_NE = torch.empty(hidden_NE.shape if hidden_wanted else (0,), dtype=hidden_NE.dtype, device=hidden_NE.device)
+    summed = weight_VE.dtype if chunk == tokens else torch.float32
+    grad_weight_VE = torch.empty(weight_VE.shape if weight_wanted else (0,), dtype=summed, device=hidden_NE.device)
+    if only_shapes(hidden_NE):
+        return loss, losses_N, inverse_count, grad_hidden_NE, grad_weight_VE
+    logits_CV = torch.empty(chunk, vocab, dtype=hidden_NE.dtype, device=hidden_NE.device)
+    softmax = _softmax_triton if in_triton else _softmax_torch
+    for rows in _slices(tokens, chunk):
+        hidden, logits = hidden_NE[rows], logits_CV[: rows.stop - rows.start]
+        torch.mm(hidden, weight_VE.t(), out=logits)
+        softmax(logits, labels_N[rows], losses_N[rows], ignore_index, z_loss, hidden_wanted or weight_wanted)
+        if hidden_wanted:
+            torch.mm(logits, weight_VE, out=grad_hidden_NE[rows])
+        if weight_wanted:
+            _add_product(grad_weight_VE, logits, hidden, first=rows.start == 0)
+    inverse_count.copy_((labels_N != ignore_index).sum().clamp(min=1).float().reciprocal())
+    loss.copy_(losses_N.sum() * inverse_count)
+    return loss, losses_N, inverse_count, grad_hidden_NE, grad_weight_VE
+
+
+def _slices(count: int, step: int) -> Iterator[slice]:
+    return (slice(start, min(start + step, count)) for start in range(0, count, step))
+
+
+def _rows_at_once(row: Tensor) -> int:
+    """Rows like this one, in fp32, that a CPU's cores hold in their caches; on a GPU as many as there are."""
+    return 1 << 30 if row.is_cuda else max(1, BLOCK_BYTES * torch.get_num_threads() // (4 * row.numel()))
+
+
+def _add_product(total_VE: Tensor, grad_logits_NV: Tensor, hidden_NE: Tensor, first: bool) -> None:
+    """total (+)= grad_logits^T hidden; between chunks the total is fp32, whatever the factors are."""
+    if total_VE.dtype == hidden_NE.dtype:
+        total_VE.addmm_(grad_logits_NV.t(), hidden_NE, beta=0 if first else 1)
+    elif total_VE.is_cuda and not torch.version.hip:
+        if first:
+            torch.mm(grad_logits_NV.t(), hidden_NE, out_dtype=torch.float32, out=total_VE)
+        else:
+            torch.addmm(total_VE, grad_logits_NV.t(), hidden_NE, out_dtype=torch.float32, out=total_VE)
+    else:  # no such product on CPUs and ROCm; by blocks, so that it is added while it is in the cache
+        for rows in _slices(len(total_VE), _rows_at_once(total_VE[0])):
+            product = grad_logits_NV[:, rows].t() @ hidden_NE
+            total_VE[rows].copy_(product) if first else total_VE[rows].add_(product)
+
+
+def _softmax_torch(
+    logits_NV: Tensor, labels_N: Tensor, losses_N: Tensor, ignore_index: int, z_loss: float, gradient: bool
+) -> None:
+    """What `_softmax_kernel` does, by blocks of rows that stay in a CPU's cache from the first pass to the last."""
+    scratch_NV = logits_NV if logits_NV.dtype == torch.float32 else None
+    step = _rows_at_once(logits_NV[0])
+    for rows in _slices(len(logits_NV), step):
+        logits, labels = logits_NV[rows], labels_N[rows, None].long()
+        counted = labels != ignore_index
+        labels = torch.where(counted, labels, 0)
+        if logits_NV.dtype == torch.float32:
+            x = logits
+        else:
+            scratch_NV = torch.empty(logits.shape, dtype=torch.float32, device=logits.device) if scratch_NV is None else scratch_NV
+            x = scratch_NV[: len(logits)].copy_(logits)
+        at_label, largest = x.gather(1, labels), x.amax(1, keepdim=True)
+        total = x.sub_(largest).exp_().sum(1, keepdim=True)
+        log_total = total.log() + largest
+        losses_N[rows] = torch.where(counted, log_total - at_label + z_loss * log_total.square(), 0.0)[:, 0]
+        if gradient:
+            pull, p = 2 * z_loss * log_total, x.gather(1, labels) / total
+            factor, at_label = torch.where(counted, torch.cat([(1 + pull) / total, p - 1 + p * pull], 1), 0.0).split(1, 1)
+            logits.copy_(x.mul_(factor).scatter_(1, labels, at_label))
+
+
+def _softmax_triton(
+    logits_NV: Tensor, labels_N: Tensor, losses_N: Tensor, ignore_index: int, z_loss: float, gradient: bool
+) -> None:
+    _softmax_kernel[(len(logits_NV),)](
+        logits_NV, labels_N.contiguous(), losses_N, logits_NV.shape[1], ignore_index, z_loss, GRADIENT=gradient,
+        **CONFIGS["_softmax_kernel"][0],
+    )  # fmt: skip
+
+
+@launcher("linear_cross_entropy_backward")
+def _scaled(gradient: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """gradient [rows, E] x scale [] in `dtype`, multiplied in fp32.
+
+    Rounded to bf16 a scale of 1/3 (three micro-batches) would lengthen all gradients by 0.2 %.
+    """
+    out = torch.empty(gradient.shape, dtype=dtype, device=gradient.device)
+    if not only_shapes(gradient):
+        for rows in _slices(len(gradient), _rows_at_once(gradient[0]) if len(gradient) else 1):
+            torch.mul(gradient[rows].float(), scale, out=out[rows])
+    return out
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _, losses_N, inverse_count, grad_hidden_NE, grad_weight_VE = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(losses_N, inverse_count, grad_hidden_NE, grad_weight_VE)
+    ctx.wanted, ctx.dtype = inputs[6:], inputs[0].dtype
+    ctx.save_for_backward(inverse_count, grad_hidden_NE, grad_weight_VE)
+
+
+def _gradients(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    inverse_count, *gradients = ctx.saved_tensors
+    if grad_loss is None:
+        return (None,) * 8
+    scale = grad_loss * inverse_count
+    scaled = (_scaled(g, scale, ctx.dtype) if wanted else None for g, wanted in zip(gradients, ctx.wanted, strict=True))
+    return *scaled, *(None,) * 6
+
+
+_forward.register_autograd(_gradients, setup_context=_save)
+
+
+@triton.jit
+def _softmax_kernel(
+    logits_ptr, labels_ptr, losses_ptr, V, ignore_index, z_loss, BLOCK: tl.constexpr, GRADIENT: tl.constexpr
+):
+    """Program n turns row n's logits into its loss and, in place, into the gradient of that loss by them.
+
+    Everything between is fp32; a loss stored in bf16 would be off by up to 0.03 at 10.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    logits_ptr += row * V
+    label = tl.load(labels_ptr + row)
+    counted = label != ignore_index
+    # Read before the first reduction, which no thread passes alone: later another one may have overwritten it.
+    at_label = tl.load(logits_ptr + label, mask=(label >= 0) & (label < V), other=float("nan")).to(tl.float32)
+    column = tl.arange(0, BLOCK)
+    largest = float("-inf")
+    total = 0.0
+    for start in range(0, V, BLOCK):
+        x = tl.load(logits_ptr + start + column, mask=start + column < V, other=float("-inf")).to(tl.float32)
+        larger = tl.maximum(largest, tl.max(x, axis=0))
+        total = total * tl.exp(largest - larger) + tl.sum(tl.exp(x - larger), axis=0)
+        largest = larger
+    log_total = largest + tl.log(total)
+    loss = log_total - at_label + z_loss * log_total * log_total
+    tl.store(losses_ptr + row, tl.where(counted, loss, 0.0))
+    if GRADIENT:
+        pull = 2.0 * z_loss * log_total
+        factor = (1.0 + pull) / total
+        p = tl.exp(at_label - largest) / total
+        at_label = p - 1.0 + p * pull  # in this order: of a p near 1 little is left
+        for start in range(0, V, BLOCK):
+            inside = start + column < V
+            x = tl.load(logits_ptr + start + column, mask=inside, other=float("-inf")).to(tl.float32)
+            gradient = tl.where(start + column == label, at_label, tl.exp(x - largest) * factor)
+            gradient = tl.where(counted, gradient, 0.0).to(logits_ptr.dtype.element_ty)
+            tl.store(logits_ptr + start + column, gradient, mask=inside)
+
+
+def cases() -> list[Case]:
+    """The heads of Litespark's 3B and 30B Llama and of StarCoder2 3B, for one sequence and for four."""
+
+    def make(tokens: int, vocab: int, hidden: int, trained: bool = True) -> Case:
+        def inputs(make: Inputs) -> dict[str, Any]:
+            weight_VE = make.normal(vocab, hidden, std=0.02)
+            return {"hidden_NE": make.normal(tokens, hidden), "weight_VE": weight_VE, "labels_N": make.integers(vocab, tokens)}
+
+        once = 2 * hidden * (tokens + vocab)
+        return Case(
+            name=f"{'' if trained else 'evaluated_'}{tokens}x{hidden}x{vocab}",
+            make=inputs,
+            differentiated=("hidden_NE", "weight_VE") if trained else (),
+            forward_bytes=(2 if trained else 1) * once + 12 * tokens,
+            backward_bytes=2 * once if trained else 0,  # both gradients scaled
+            forward_flops=(6 if trained else 2) * tokens * vocab * hidden,
+            op="linear_cross_entropy" if trained else "token_losses",
+        )
+
+    sizes = [(4096, 32000, 2048), (16384, 32000, 2048), (4096, 32000, 6656), (16384, 32000, 6656), (4096, 49152, 3072)]
+    return [*(make(*size) for size in sizes), make(4096, 32000, 2048, trained=False)]

@@ -1,12 +1,16 @@
-"""Kernels: every op against its plain formula in fp64, forward and gradients.
+"""Kernels in plain torch: every op against its formula in fp64, forward and gradients; which implementation runs.
+
+tests/interpreted holds the same ops as Triton computes them.
 
 Tolerances: an op of k roundings on values of size s errs by at most about k s u, with u = 2^-24 in fp32 and 2^-8 in bf16
 (half a unit in the last place); sums over n terms by about sqrt(n) u of their terms' size. Each test says its own factor.
 """
 
+import inspect
 import math
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -14,10 +18,14 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from megaspark.kernels import linear_cross_entropy as lce_module
-from megaspark.kernels.attention import attention, document_mask
-from megaspark.kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
-from megaspark.kernels.rms_norm import rms_norm
+from megaspark.kernels import adamw as adamw_module
+from megaspark.kernels import interpreter
+from megaspark.kernels.adamw import Update, adamw, join, split
+from megaspark.kernels.cases import Inputs
+from megaspark.kernels.dispatch import backends, kernel, op_modules
+from megaspark.kernels.gelu_tanh import gelu_tanh
+from megaspark.kernels.layer_norm import add_layer_norm, layer_norm
+from megaspark.kernels.rms_norm import add_rms_norm, rms_norm
 from megaspark.kernels.rope import rope, rope_angles, rope_frequencies
 from megaspark.kernels.swiglu import swiglu
 
@@ -69,6 +77,49 @@ def test_rms_norm_of_tiny_and_huge_rows():
     assert rms_norm(x.bfloat16(), weight.bfloat16(), 1e-5).isfinite().all()
 
 
+def plain_layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    centred = x - x.mean(-1, keepdim=True)
+    return centred / (centred.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() * weight + bias
+
+
+@pytest.mark.parametrize("dtype, factor", [(torch.float32, 30), (torch.bfloat16, 8)])
+@pytest.mark.parametrize("shape", [(2, 3, 64), (5, 33), (7, 1000)])
+def test_layer_norm(shape, dtype, factor):
+    """The weight or the bias left out, a variance over E - 1."""
+    inputs = [normal(*shape), normal(shape[-1], seed=1), normal(shape[-1], seed=2)]
+    assert_close(lambda x, w, b: layer_norm(x, w, b, 1e-5), plain_layer_norm, inputs, dtype, factor)
+
+
+@pytest.mark.parametrize("dtype, factor", [(torch.float32, 30), (torch.bfloat16, 16)])
+def test_norms_with_the_residual(dtype, factor):
+    """Another sum returned than was normed; a gradient that comes by one of the two ways only."""
+
+    def both(pair: tuple[Tensor, Tensor]) -> Tensor:
+        return torch.cat(pair, dim=-1)
+
+    x, residual, weight, bias = normal(5, 33), normal(5, 33, seed=1), normal(33, seed=2), normal(33, seed=3)
+    assert_close(
+        lambda x, r, w: both(add_rms_norm(x, r, w, 1e-5)), lambda x, r, w: both((plain_rms_norm(x + r, w), x + r)),
+        [x, residual, weight], dtype, factor,
+    )  # fmt: skip
+    assert_close(
+        lambda x, r, w, b: both(add_layer_norm(x, r, w, b, 1e-5)), lambda x, r, w, b: both((plain_layer_norm(x + r, w, b), x + r)),
+        [x, residual, weight, bias], dtype, factor,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype, factor", [(torch.float32, 8), (torch.bfloat16, 6)])
+def test_gelu_tanh(dtype, factor):
+    """The exact GELU (by erf) in place of the tanh one, 4e-4 away; the bias added afterwards."""
+
+    def plain(x: Tensor, bias: Tensor) -> Tensor:
+        z = x + bias
+        return z / 2 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))
+
+    assert_close(gelu_tanh, plain, [normal(3, 5, 40, std=2.0), normal(40, seed=1)], dtype, factor)
+    assert_close(lambda x: gelu_tanh(x, None), lambda x: plain(x, x.new_zeros(40)), [normal(3, 5, 40)], dtype, factor)
+
+
 @pytest.mark.parametrize("dtype, factor", [(torch.float32, 8), (torch.bfloat16, 4)])
 def test_swiglu(dtype, factor):
     """The gate and the value exchanged, or the gradient of silu."""
@@ -115,133 +166,132 @@ def test_rope_angles_come_from_fp32():
     assert (sin.double() - angles.sin()).abs().max() <= 8200 * U32
 
 
-def brute_force_sees(positions: list[int]) -> list[list[bool]]:
-    """Who sees whom, by walking: query m sees back to the last place where the position was 0, or to the start."""
-    out = []
-    for m in range(len(positions)):
-        start = next((n for n in range(m, -1, -1) if positions[n] == 0), 0)
-        out.append([start <= n <= m for n in range(len(positions))])
-    return out
+# ---- adamw
 
 
-@given(st.lists(st.lists(st.booleans(), min_size=7, max_size=7), min_size=1, max_size=3))
-def test_document_mask(starts_BS):
-    """A document that sees into its neighbour, the future, or not even itself."""
-    positions = []
-    for row in starts_BS:
-        places: list[int] = []
-        for i, start in enumerate(row):
-            places.append(0 if start or i == 0 else places[-1] + 1)
-        positions.append(places)
-    mask = document_mask(torch.tensor(positions), torch.float32)
-    assert mask.shape == (len(positions), 1, 7, 7)
-    for b, places in enumerate(positions):
-        assert (mask[b, 0] == 0).tolist() == brute_force_sees(places)
-        assert ((mask[b, 0] == 0) | (mask[b, 0] == -math.inf)).all()
+@given(st.lists(st.floats(width=32), min_size=1, max_size=40))
+@hypothesis_settings(max_examples=60)
+def test_split_and_join(values):
+    """A master that comes back with another bit; a weight that is not the nearest; low bits that do not fit in 16."""
+    master = torch.tensor(values, dtype=torch.float32)
+    weight, low = split(master)
+    assert (weight.dtype, low.dtype) == (torch.bfloat16, torch.int16)
+    back, numbers = join(weight, low), ~master.isnan()
+    assert torch.equal(back.view(torch.int32)[numbers], master.view(torch.int32)[numbers])
+    assert back[~numbers].isnan().all() and weight[~numbers].isnan().all()
+    # torch rounds to nearest too; only where two bf16 numbers are equally near it takes the even one.
+    tie = (master.view(torch.int32) & 0xFFFF) == 0x8000
+    nearest = master.bfloat16()
+    assert torch.equal(weight[numbers & ~tie], nearest[numbers & ~tie])
+    assert (weight.abs() >= nearest.abs())[numbers & tie].all()
 
 
-def plain_attention(q: Tensor, k: Tensor, v: Tensor, sees_BSS: Tensor) -> Tensor:
-    """Head h looks into key head h // groups; softmax written out; [B, S, H, D]."""
-    groups = q.shape[2] // k.shape[2]
-    out = torch.empty(q.shape, dtype=q.dtype)
-    heads = []
-    for h in range(q.shape[2]):
-        scores = q[:, :, h] @ k[:, :, h // groups].transpose(1, 2) / math.sqrt(q.shape[-1])
-        weights = torch.exp(scores - scores.amax(-1, keepdim=True).detach()) * sees_BSS
-        heads.append((weights / weights.sum(-1, keepdim=True)) @ v[:, :, h // groups])
-    return torch.stack(heads, dim=2) if heads else out
+@pytest.mark.parametrize("count", [1, 15, 16, 1000, 1025])
+@pytest.mark.parametrize("grad_dtype", [torch.bfloat16, torch.float32])
+def test_adamw_has_the_bits_of_torchs(monkeypatch, count, grad_dtype):
+    """Any change of the formula or of its order; an element lost where chunks meet; a state that loses bits between steps."""
+    monkeypatch.setattr(adamw_module, "CHUNK", 512)
+    start = normal(count).float() * 1.00123
+    theirs = torch.nn.Parameter(start.clone())
+    optimizer = torch.optim.AdamW([theirs], betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, foreach=False)
+    weight, low = split(start)
+    moments = [torch.zeros(count), torch.zeros(count)]
+    for step in range(1, 8):
+        grad = (normal(count, seed=step) * 10.0 ** (step - 4)).to(grad_dtype)
+        optimizer.param_groups[0]["lr"], theirs.grad = 1e-2 / step, grad.float()
+        optimizer.step()
+        adamw(weight, low, grad, *moments, Update(1e-2 / step, 0.9, 0.95, 1e-8, 0.1, step))
+    assert torch.equal(join(weight, low), theirs.detach())
+    assert torch.equal(moments[0], optimizer.state[theirs]["exp_avg"])
+    assert torch.equal(moments[1], optimizer.state[theirs]["exp_avg_sq"])
 
 
-@pytest.mark.parametrize("heads, kv_heads", [(4, 4), (4, 2), (6, 1)])
-@pytest.mark.parametrize("documents", [False, True])
-@pytest.mark.parametrize("dtype, factor", [(torch.float32, 40), (torch.bfloat16, 8)])
-def test_attention(heads, kv_heads, documents, dtype, factor):
-    """Heads paired with the wrong key head (h % K in place of h // groups), a wrong scale, a leak through the mask."""
-    positions = torch.tensor([[0, 1, 2, 3, 0, 1, 0, 1, 2], list(range(9))])
-    places = positions.tolist() if documents else [list(range(9))] * 2
-    sees = torch.tensor([brute_force_sees(row) for row in places])
-    mask = document_mask(positions, dtype) if documents else None
-    inputs = [normal(2, 9, heads, 16, seed=1), normal(2, 9, kv_heads, 16, seed=2), normal(2, 9, kv_heads, 16, seed=3)]
-    assert_close(lambda q, k, v: attention(q, k, v, mask), lambda q, k, v: plain_attention(q, k, v, sees), inputs, dtype, factor)
+def test_adamw_compiled_once():
+    """torch.compile would freeze the learning rate of the first step, or compile again for every step and size."""
+    import torch._dynamo
+
+    found: list[Tensor] = []
+    for backend in ("reference", "compiled"):
+        tensors = []
+        for count in (70, 1000, 70):
+            tensors.append([*split(normal(count).float() * 1.1), normal(count, seed=1).bfloat16(), *torch.zeros(2, count)])
+        for step in range(1, 4):
+            for these in tensors:
+                adamw(*these, Update(1e-2 / step, 0.9, 0.95, 1e-8, 0.1, step), backend=backend)
+        found.append(torch.cat([join(*these[:2]) for these in tensors]))
+        if backend == "reference":
+            before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] - before == 1
+    # Three steps of a few roundings each; the update is 1e-2 of the weight.
+    assert (found[0] - found[1]).abs().max() <= 12 * U32 * found[0].abs().max()
 
 
-# ---- the fused head
+# ---- which implementation runs
 
 
-def head_inputs(tokens: int, hidden: int = 24, vocab: int = 37) -> tuple[Tensor, Tensor, Tensor]:
-    labels = torch.randint(0, vocab, (tokens,), generator=torch.Generator().manual_seed(3))
-    return normal(tokens, hidden, seed=1), normal(vocab, hidden, seed=2, std=0.3), labels
+def test_dispatch():
+    """A name that nobody checks, a device that is not asked, arguments that get lost on the way."""
+
+    def op(x: Tensor, power: int = 1) -> tuple[str, int]:
+        return "triton", power
+
+    made = kernel(reference=lambda x, power=1: ("reference", power), other=lambda x, power=1: ("other", power))(op)
+    x = torch.zeros(1)
+    assert made(x, power=3) == made(x=x, power=3) == made(x, power=3, backend="reference") == ("reference", 3)
+    assert made(x, 2, backend="triton") == ("triton", 2) and made(x, backend="other") == ("other", 1)
+    with pytest.raises(ValueError, match="op has no backend 'otter'; it has auto, triton, reference, other"):
+        made(x, backend="otter")
+    chosen = kernel(auto=lambda x, power=1: "other" if power > 1 else "reference", reference=op, other=lambda *_, **__: "mine")(op)
+    assert chosen(x, power=2) == "mine" and chosen(x) == ("triton", 1)
 
 
-def run_head(op: Callable[..., Tensor], tokens: int, dtype: torch.dtype, scale: float = 1.0) -> list[Tensor]:
-    """[loss, gradient of hidden, gradient of weight] in fp64, for a loss multiplied by `scale`."""
-    hidden, weight, labels = head_inputs(tokens)
-    hidden, weight = (x.to(dtype).requires_grad_() for x in (hidden, weight))
-    loss = op(hidden, weight, labels)
-    (loss * scale).backward()
-    return [loss.detach().double(), hidden.grad.double(), weight.grad.double()]
+def test_ops_are_found():
+    """An op that compile-kernels, bench and the config do not see; a case that does not fit its op."""
+    modules = op_modules()
+    assert {"adamw", "gelu_tanh", "layer_norm", "rms_norm", "rope", "swiglu"} <= modules.keys()
+    assert not modules.keys() & {"dispatch", "cases", "interpreter"}
+    assert backends("adamw") == ["auto", "triton", "reference", "compiled"]
+    for name in ("adamw", "gelu_tanh", "layer_norm", "rms_norm", "rope", "swiglu"):
+        cases = modules[name].cases()
+        assert len({case.name for case in cases}) == len(cases) > 0
+        for case in cases:
+            arguments = case.make(Inputs("meta", case.dtype, empty=True))
+            inspect.signature(case.function(modules[name])).bind(**arguments)
+            assert set(case.differentiated) <= arguments.keys() and case.forward_bytes > 0
 
 
-def exact_head(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    return -torch.log_softmax(hidden @ weight.T, dim=-1).gather(1, labels[:, None]).mean()
+PLACES = torch.arange(5)[None]
+COMPILED = {
+    "rms_norm": lambda x, w: rms_norm(x, w, 1e-5),
+    "add_rms_norm": lambda x, w: torch.cat(add_rms_norm(x, 2 * x, w, 1e-5)),
+    "layer_norm": lambda x, w: layer_norm(x, w, w, 1e-5),
+    "add_layer_norm": lambda x, w: torch.cat(add_layer_norm(x, 2 * x, w, w, 1e-5)),
+    "rope": lambda x, w: torch.cat(rope(x[:, :, None], (x * w)[:, :, None], *rope_angles(PLACES, rope_frequencies(40, 1e4)))),
+    "swiglu": lambda x, w: swiglu(x, x * w),
+    "gelu_tanh": lambda x, w: gelu_tanh(x, w),
+}
 
 
-@pytest.mark.parametrize("tokens", [1, 7, 8, 9, 16, 23])
-@pytest.mark.parametrize("scale", [1.0, 1 / 3, -65536.0])
-def test_linear_cross_entropy(monkeypatch, tokens, scale):
-    """A chunk's edge that loses a row, a mean over the chunk instead of all tokens, an upstream gradient ignored."""
-    monkeypatch.setattr(lce_module, "CHUNK_TOKENS", 8)
-    found = run_head(linear_cross_entropy, tokens, torch.float32, scale)
-    reference = run_head(linear_cross_entropy_reference, tokens, torch.float32, scale)
-    exact = run_head(exact_head, tokens, torch.float64, scale)
-    for mine, plain, right in zip(found, reference, exact, strict=True):
-        allowed = 60 * U32 * right.abs().max()  # dot products over 24 to 37 terms, exp and log of values up to 10
-        assert (mine - right).abs().max() <= allowed and (plain - right).abs().max() <= allowed
+@pytest.mark.parametrize("name", COMPILED)
+def test_compiled_whole(name):
+    """A graph break in the dispatch would leave eager pieces between a block's fused ones."""
+    compiled = torch.compile(COMPILED[name], fullgraph=True, backend="aot_eager")
+    inputs = [normal(3, 5, 40), normal(40, seed=1)]
+    for found, right in zip(*(values_and_gradients(op, inputs, torch.float32) for op in (compiled, COMPILED[name])), strict=True):
+        assert (found - right).abs().max() <= 30 * U32 * right.abs().max()
 
 
-@pytest.mark.parametrize("scale", [1.0, 1 / 3, 1 / 7])
-@pytest.mark.parametrize("tokens", [64, 200])
-def test_linear_cross_entropy_in_bf16_is_as_good_as_torch(monkeypatch, tokens, scale):
-    """Rounding the gradient, or its scale, once more than torch does would train a little worse, and nobody would see it."""
-    monkeypatch.setattr(lce_module, "CHUNK_TOKENS", 48)
-    found = run_head(linear_cross_entropy, tokens, torch.bfloat16, scale)
-    plain = run_head(linear_cross_entropy_reference, tokens, torch.bfloat16, scale)
-    exact = run_head(exact_head, tokens, torch.float64, scale)
-    for mine, torchs, right in zip(found, plain, exact, strict=True):
-        assert (mine - right).norm() <= 2 * (torchs - right).norm() + 1e-6 * right.norm()
-        # No systematic factor either: projected on the exact gradient the error must be far below one rounding.
-        bias = ((mine - right) * right).sum() / right.square().sum()
-        torchs_bias = ((torchs - right) * right).sum() / right.square().sum()
-        assert abs(bias) <= max(2 * abs(torchs_bias), U16 / 8)
+FLOATS = st.floats(width=32) | st.integers(0, 2**32 - 1).map(lambda bits: np.array(bits, np.uint32).view(np.float32).item())
 
 
-def test_linear_cross_entropy_makes_only_the_gradients_asked_for(monkeypatch):
-    """Evaluation would hold gradients of the whole vocabulary, and a frozen head would get one."""
-    monkeypatch.setattr(lce_module, "CHUNK_TOKENS", 8)
-    hidden, weight, labels = head_inputs(20)
-    whole = run_head(linear_cross_entropy, 20, torch.float32)
-    for wanted in (0, 1):
-        leaves = [hidden.float().requires_grad_(wanted == 0), weight.float().requires_grad_(wanted == 1)]
-        linear_cross_entropy(*leaves, labels).backward()
-        assert torch.equal(leaves[wanted].grad.double(), whole[1 + wanted]) and leaves[1 - wanted].grad is None
-    with torch.no_grad():
-        assert linear_cross_entropy(hidden.float(), weight.float(), labels).double() == whole[0]
-
-
-@given(st.integers(1, 40), st.integers(1, 50))
-@hypothesis_settings(max_examples=20, deadline=None)
-def test_linear_cross_entropy_does_not_depend_on_the_chunk(tokens, chunk):
-    """The chunk is a matter of memory only."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lce_module, "CHUNK_TOKENS", chunk)
-        found = run_head(linear_cross_entropy, tokens, torch.float32)
-    for mine, right in zip(found, run_head(exact_head, tokens, torch.float64), strict=True):
-        assert (mine - right).abs().max() <= 60 * U32 * max(1.0, right.abs().max())
-
-
-def test_linear_cross_entropy_survives_huge_logits():
-    """exp of a logit of 1,000 overflows unless the largest is taken off first."""
-    hidden = torch.tensor([[1000.0, 0.0], [0.0, 1000.0]], requires_grad=True)
-    loss = linear_cross_entropy(hidden, torch.eye(2), torch.tensor([0, 0]))
-    loss.backward()
-    assert loss == 500.0 and hidden.grad.isfinite().all()
+@given(st.lists(FLOATS, min_size=1, max_size=30))
+def test_the_interpreters_casts_are_torchs(values):
+    """fp32 cut off in place of rounded, ties to odd, NaN that becomes infinite: all of bf16 in the interpreter rests on it."""
+    numbers = np.array(values, np.float32)
+    bits = interpreter.bf16_from_fp32(numbers)
+    torchs = torch.from_numpy(numbers).bfloat16()
+    found = torch.from_numpy(bits.view(np.int16)).view(torch.bfloat16)
+    assert torch.equal(found.isnan(), torchs.isnan())
+    there = ~torchs.isnan()
+    assert torch.equal(found.view(torch.int16)[there], torchs.view(torch.int16)[there])
+    assert np.array_equal(interpreter.fp32_from_bf16(bits), torchs.float().numpy(), equal_nan=True)
