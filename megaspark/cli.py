@@ -22,6 +22,7 @@ VERBS = {
     "to-hf": ("megaspark.tools.to_hf", "convert a checkpoint to a Hugging Face folder, proven equal"),
     "generate": ("megaspark.tools.generate", "greedy text from a Hugging Face folder"),
     "plot": ("megaspark.tools.plot", "draw the loss curves of runs"),
+    "compile-kernels": ("megaspark.tools.compile_kernels", "compile every kernel for a GPU without having one, and judge it"),
     "bench": ("megaspark.tools.bench", "measure this machine, beside its peers"),
 }
 

@@ -9,6 +9,9 @@ from megaspark.settings import nearest
 
 BENCHES = {
     "data": ("megaspark.tools.bench_data", "data preparation and reading: MB of text a CPU second, scaling, memory"),
+    "kernels": ("megaspark.tools.bench_kernels", "kernels: bytes, FLOPs and clocks against what an H200 could do"),
+    "liger": ("megaspark.tools.bench_liger", "our kernels beside Liger's: errors, registers, bytes"),
+    "train": ("megaspark.tools.bench_train", "a training step: our Llama beside its peers, interleaved, tokens a CPU second"),
 }
 
 
