@@ -8,18 +8,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
+import torch
 from pydantic import Field, field_validator, model_validator
 
 from megaspark import settings, shards
 from megaspark.deepspeed_files import DeepSpeedFile, read_deepspeed_file
 from megaspark.errors import UserError
 from megaspark.flops import parameters
+from megaspark.kernels.dispatch import INTERPRETED, backends, op_modules
 from megaspark.models import architecture
+from megaspark.models.blocks import Execution
 from megaspark.overlaps import overlap
 from megaspark.samples import Phase, Samples, check_phases
 from megaspark.settings import Section, Tree, nearest
 
 CHECKPOINT_BYTES_PER_PARAMETER = 12  # fp32 master and two fp32 moments
+FP8_MULTIPLE = 16  # matrix units take 8-bit operands in rows of 16 bytes
 VOCAB_PADDING = 1024  # a model's vocabulary may be rounded up past its tokenizer's by less than this
 
 
@@ -83,6 +87,7 @@ class Optim(Section):
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.0, ge=0)
     clip: float = Field(1.0, ge=0, description="largest norm of the gradient; 0 = no clipping")
+    z_loss: float = Field(0.0, ge=0, description="weight of log(softmax's denominator)^2, in the training loss and its gradient")
 
     @model_validator(mode="after")
     def _ordered(self) -> Optim:
@@ -110,7 +115,9 @@ class Run(Section):
     global_batch: int = Field(gt=0, description="samples a step, over all processes")
     micro_batch: int = Field(gt=0, description="samples that one process works on at a time")
     seed: int = Field(1234, ge=0)
-    precision: Literal["bf16", "fp32"] = "bf16"
+    precision: Literal["bf16", "fp32", "fp8"] = Field("bf16", description="fp8: bf16 with the blocks' linears in 8 bits")
+    fp8_scaling: Literal["tensor", "row"] = Field("tensor", description="one scale for a whole operand, or one a row")
+    compile: bool = Field(False, description="torch.compile of every block: minutes at the start, faster steps")
     save_every: int = Field(1000, ge=0, description="steps between checkpoints; 0 = only the last")
     keep_last: int = Field(2, ge=0, description="checkpoints kept; 0 = all")
     eval_every: int = Field(1000, ge=0, description="steps between evaluations; 0 = never")
@@ -130,7 +137,23 @@ class RunConfig(Section, Generic[ModelT]):
     optim: Optim
     parallel: Parallel = Parallel()
     run: Run
+    kernels: dict[str, str] = Field(default_factory=dict, description="the implementation of an op by name: {attention: sdpa}")
     deepspeed: str = "zero1.json"
+
+    @field_validator("kernels")
+    @classmethod
+    def _known_kernels(cls, kernels: dict[str, str]) -> dict[str, str]:
+        for op, backend in kernels.items():
+            if op not in op_modules():
+                raise ValueError(f"there is no op {op!r}{nearest(op, [*op_modules()])}")
+            if backend not in backends(op):
+                raise ValueError(f"{op} has no backend {backend!r}{nearest(backend, backends(op))}")
+        return kernels
+
+    @property
+    def execution(self) -> Execution:
+        """How the model is to compute."""
+        return Execution(self.kernels, self.run.fp8_scaling if self.run.precision == "fp8" else None, self.optim.z_loss)
 
     @property
     def folder(self) -> Path:
@@ -192,6 +215,7 @@ def check_run(config: RunConfig[Any], tree: Tree, world: int) -> Checked:
     place = tree.place("deepspeed").rpartition(":")[0]
     file = read_deepspeed_file(config.deepspeed, Path(place).parent if Path(place).is_file() else None)
     layout = _layout(config, file, world)
+    _check_kernels(config, layout)
     train = open_datasets(config.data.train)
     validation = open_datasets(config.data.validation) if config.data.validation else {}
     if config.run.eval_every and not validation and tree.place("run.eval_every") != "default":
@@ -236,9 +260,38 @@ def _layout(config: RunConfig[Any], file: DeepSpeedFile, world: int) -> Layout:
         "train_micro_batch_size_per_gpu": run.micro_batch,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": config.optim.clip,
-        "bf16.enabled": run.precision == "bf16",
+        "bf16.enabled": run.precision != "fp32",
     }
     return Layout(world, data_parallel, accumulation, file.resolved(owned), file.stage)
+
+
+def _check_kernels(config: RunConfig[Any], layout: Layout) -> None:
+    if not (torch.cuda.is_available() or INTERPRETED):
+        for op, backend in config.kernels.items():
+            if backend.startswith("triton"):
+                raise UserError(
+                    f"kernels.{op} = {backend} needs a GPU, and there is none here; set kernels.{op}=auto, or TRITON_INTERPRET=1 "
+                    "in the environment to see its numbers, slowly"
+                )
+    if config.run.compile and layout.stage == 3:
+        raise UserError(
+            f"run.compile = true cannot go with ZeRO stage 3 ({config.deepspeed}), which gathers a module's weights around its "
+            "call; set deepspeed=zero2.json or run.compile=false"
+        )
+    if config.run.precision == "fp8":
+        model, tokens = config.model, config.run.micro_batch * config.data.seq
+        if model.layers < 3:
+            raise UserError(
+                f"run.precision = fp8 keeps the first and the last block in bf16, and model.layers = {model.layers} leaves no other; "
+                "set run.precision=bf16"
+            )
+        widths = {
+            "model.hidden": model.hidden, "model.ffn": model.ffn, "heads x head_dim": model.heads * model.dim,
+            "kv_heads x head_dim": model.kv_heads * model.dim, "run.micro_batch x data.seq": tokens,
+        }  # fmt: skip
+        for name, width in widths.items():
+            if width % FP8_MULTIPLE:
+                raise UserError(f"run.precision = fp8 needs {name} = {width} to divide by {FP8_MULTIPLE}; set run.precision=bf16")
 
 
 def _check_data(config: RunConfig[Any], datasets: dict[str, shards.TokenDataset]) -> None:

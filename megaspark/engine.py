@@ -17,9 +17,11 @@ import torch
 from torch import nn
 
 from megaspark import fragments
+from megaspark.allocators import keep_pages
 from megaspark.batches import Batch
 from megaspark.config import Checked
 from megaspark.models import architecture
+from megaspark.models.blocks import Execution
 from megaspark.optim import adamw
 from megaspark.ranks import Ranks, threads_per_process
 
@@ -43,8 +45,11 @@ class Engine:
         self.plain = checked.layout.stage == 0 and config.run.precision == "fp32"
         import deepspeed  # after the accelerator was settled; takes seconds
 
-        dtype = torch.bfloat16 if config.run.precision == "bf16" else torch.float32
-        model = build_model(config.model, config.run.seed).to(self.device, dtype)
+        dtype = torch.float32 if config.run.precision == "fp32" else torch.bfloat16
+        model = build_model(config.model, config.run.seed, config.execution).to(self.device, dtype)
+        if config.run.compile:
+            for block in model.blocks:
+                block.compile()
         optim = config.optim
         optimizer = adamw(model, optim.lr, optim.betas, optim.eps, optim.weight_decay)
         settings = {"steps_per_print": 1 << 40, **checked.layout.deepspeed}
@@ -99,9 +104,9 @@ class Engine:
         return self.total(torch.stack(losses).double().mean().item()) / torch.distributed.get_world_size()
 
 
-def build_model(config: Any, seed: int) -> nn.Module:
+def build_model(config: Any, seed: int, execution: Execution) -> nn.Module:
     """The architecture's model in fp32 on the CPU, every weight filled from (seed, its name)."""
-    model = architecture(config.arch).Model(config)
+    model = architecture(config.arch).Model(config, execution)
     model.initialize_(seed)
     return model
 
@@ -126,6 +131,7 @@ def _start(ranks: Ranks) -> torch.device:
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
+        keep_pages()
         torch.set_num_threads(threads_per_process(ranks))
     if "MASTER_ADDR" not in os.environ:  # started without a launcher
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()), RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")

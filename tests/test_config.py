@@ -17,6 +17,7 @@ from megaspark.data_prep.jobs import PrepSettings
 from megaspark.engine import parameter_shapes
 from megaspark.errors import UserError
 from megaspark.flops import parameters
+from megaspark.kernels.dispatch import INTERPRETED
 from megaspark.models import ARCHITECTURES, architecture
 
 CONFIGS = CHECKOUT / "ds_configs"
@@ -123,6 +124,9 @@ def test_size_is_a_preset_that_other_keys_override():
         (["optim.betas=[0.9, 1.0]"], ["optim.betas"]),
         (["optim.betas=[0.9]"], ["optim.betas"]),
         (["run.precision=fp16"], ["run.precision = 'fp16'", "bf16"]),
+        (["kernels.atention=sdpa"], ["kernels", "'atention'", "did you mean attention?"]),
+        (["kernels.attention=spda"], ["kernels", "'spda'", "did you mean sdpa?"]),
+        (["kernels.rope=flash_attn"], ["rope has no backend 'flash_attn'", "triton"]),
         (["run.resume=maybe"], ["run.resume"]),
         (["run.name=../elsewhere"], ["run.name"]),
         (["run.micro_batch=0"], ["run.micro_batch = 0"]),
@@ -193,6 +197,32 @@ def test_more_processes_than_a_layout_has_is_refused(tiny_data, tmp_path, kind):
     """A layout asked for and not given: three ways on two processes, or a kind that is not built."""
     message = refusal(tiny_data, tmp_path, 2, f"parallel.{kind}=3")
     assert f"parallel.{kind} = 3" in message
+
+
+@pytest.mark.skipif(torch.cuda.is_available() or INTERPRETED, reason="Triton can run here")
+def test_a_kernel_that_cannot_run_here(tiny_data, tmp_path):
+    """Triton asked for by name where there is no GPU fails deep inside the first step."""
+    message = refusal(tiny_data, tmp_path, 1, "kernels.attention=triton_fused")
+    assert "kernels.attention = triton_fused" in message and "kernels.attention=auto" in message
+    assert check(tiny_data, tmp_path, 1, "kernels.attention=sdpa").config.execution.backend("attention") == "sdpa"
+    assert check(tiny_data, tmp_path, 1, "kernels.attention=sdpa").config.execution.backend("rope") == "auto"
+
+
+def test_fp8_is_bf16_with_linears_that_fit_it(tiny_data, tmp_path):
+    """A width that no 8-bit matrix product takes; or fp8 asked for and fp32 weights beneath."""
+    widths = ("model.hidden=32", "model.head_dim=16", "model.ffn=96", "model.layers=3", "data.seq=32")
+    layout = check(tiny_data, tmp_path, 1, "run.precision=fp8", *widths).layout
+    assert layout.deepspeed["bf16"] == {"enabled": True}
+    message = refusal(tiny_data, tmp_path, 1, "run.precision=fp8", *widths, "model.ffn=100")
+    assert "model.ffn = 100" in message and "16" in message and "run.precision=bf16" in message
+    assert "model.layers = 2" in refusal(tiny_data, tmp_path, 1, "run.precision=fp8", *widths, "model.layers=2")
+
+
+def test_compiled_blocks_under_zero_3(tiny_data, tmp_path):
+    """ZeRO-3 empties a module's weights between its calls, which compiled code does not see."""
+    message = refusal(tiny_data, tmp_path, 2, "run.compile=true", "deepspeed=zero3.json")
+    assert "run.compile = true" in message and "zero2.json" in message
+    assert check(tiny_data, tmp_path, 2, "run.compile=true", "deepspeed=zero2.json").config.run.compile
 
 
 def test_deepspeed_file_that_says_another_number(tiny_data, tmp_path):

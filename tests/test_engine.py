@@ -98,7 +98,7 @@ def is_pristine(engine: Any, config: Any) -> bool:
     from megaspark.fragments import MOMENTS, fragments
 
     dtype = torch.bfloat16 if config.run.precision == "bf16" else torch.float32
-    weights = dict(build_model(config.model, config.run.seed).to(dtype).named_parameters())
+    weights = dict(build_model(config.model, config.run.seed, config.execution).to(dtype).named_parameters())
     for fragment in fragments(engine.deepspeed):
         expected = weights[fragment.name].detach().flatten()[fragment.start : fragment.start + fragment.length].float()
         moments = [fragment.tensors[kind] for kind in MOMENTS]
@@ -245,7 +245,7 @@ def plain_torch(config_file: str, overrides: list[str], steps: int) -> tuple[lis
     config, tree = load_config(config_file, [*overrides, "run.micro_batch=1"])
     train, _, schedule = batches_of(check_run(config, tree, 1), Ranks())
     train.micro_batch = batch = config.run.global_batch
-    model = build_model(config.model, config.run.seed)
+    model = build_model(config.model, config.run.seed, config.execution)
     optimizer = adamw(model, 1.0, config.optim.betas, config.optim.eps, config.optim.weight_decay)
     losses, norms = [], []
     for step in range(steps):

@@ -43,7 +43,7 @@ LAYERS = (
     "permutations shards",
     "hf_tokenizers",
     "manifests settings",
-    "ranks flops energy",
+    "ranks flops energy allocators",
     "errors __init__",
 )
 # Neither these nor data_prep may need torch: a data job on a head node starts in a blink.

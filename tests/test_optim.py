@@ -5,8 +5,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megaspark.errors import UserError
 from megaspark.models import llama
-from megaspark.optim import CosineSchedule, adamw, parameter_groups
+from megaspark.optim import CosineSchedule, SplitAdamW, adamw, parameter_groups
 
 TINY = llama.Config(hidden=16, layers=1, heads=2, kv_heads=1, ffn=24, vocab=31)
 
@@ -70,3 +71,66 @@ def test_adamw_is_adamw():
     for name, p in model.named_parameters():
         # Five steps, each of a few roundings of values up to 1 (the norms): 5 x 4 x 2^-24.
         assert (p.double() - expected[name]).abs().max() <= 20 * 2**-24, name
+
+
+def split_optimizer(seed: int = 1) -> tuple[llama.Model, SplitAdamW]:
+    model = llama.Model(TINY)
+    model.initialize_(seed)
+    model.bfloat16()
+    return model, SplitAdamW(parameter_groups(model, 0.1), lr=3e-3)
+
+
+def random_steps(model: llama.Model, optimizer: torch.optim.Optimizer, steps: range) -> None:
+    for step in steps:
+        generator = torch.Generator().manual_seed(step)
+        for parameter in model.parameters():
+            parameter.grad = torch.randn(parameter.shape, generator=generator).bfloat16().to(parameter.dtype)
+        optimizer.step()
+
+
+def test_split_adamw_trains_the_fp32_master():
+    """Groups' settings ignored, steps not counted, a master that lives in 16 bits: all show against torch's own on fp32."""
+    model, optimizer = split_optimizer()
+    wide, _ = split_optimizer()
+    wide.float()
+    plain = torch.optim.AdamW(parameter_groups(wide, 0.1), lr=3e-3, betas=(0.9, 0.95), foreach=False)
+    random_steps(model, optimizer, range(6))
+    random_steps(wide, plain, range(6))
+    for parameter, expected in zip(model.parameters(), wide.parameters(), strict=True):
+        assert torch.equal(optimizer.master(parameter), expected.detach())
+        # bf16 rounds to nearest with ties to even, ours with ties away from 0: one tie in 2^16.
+        assert (parameter != expected.bfloat16()).float().mean() <= 0.01
+
+
+def test_split_adamw_resumes_to_the_bit(tmp_path):
+    """torch's load_state_dict makes bf16 of every state of a bf16 parameter; a state shared with the loaded one would drift."""
+    model, optimizer = split_optimizer()
+    random_steps(model, optimizer, range(3))
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "saved")
+    other, resumed = split_optimizer(seed=2)
+    saved = torch.load(tmp_path / "saved")
+    other.load_state_dict(saved["model"])
+    resumed.load_state_dict(saved["optimizer"])
+    random_steps(model, optimizer, range(3, 6))
+    random_steps(other, resumed, range(3, 6))
+    for mine, again in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(mine, again) and torch.equal(optimizer.master(mine), resumed.master(again))
+        assert {v.dtype for v in resumed.state[again].values() if isinstance(v, torch.Tensor)} == {torch.int16, torch.float32}
+
+
+def test_split_adamw_takes_a_master():
+    """A checkpoint's fp32 masters would come back rounded; parameters without a gradient would decay, or lose their master."""
+    model, optimizer = split_optimizer()
+    first = next(model.parameters())
+    master = torch.randn(first.shape, generator=torch.Generator().manual_seed(0))
+    optimizer.set_master(first, master)
+    assert torch.equal(optimizer.master(first), master) and (first.float() - master).abs().max() <= 2**-8 * master.abs().max()
+    before = [optimizer.master(parameter) for parameter in model.parameters()]
+    assert optimizer.step(lambda: 7) == 7
+    assert all(torch.equal(optimizer.master(p), b) for p, b in zip(model.parameters(), before, strict=True))
+
+
+def test_split_adamw_says_what_it_takes():
+    """fp32 parameters read as pairs of bf16 would train to noise."""
+    with pytest.raises(UserError, match="dense bf16 parameters, not one of"):
+        SplitAdamW(llama.Model(TINY).parameters(), lr=1e-3)

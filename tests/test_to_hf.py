@@ -21,6 +21,7 @@ from megaspark.engine import build_model
 from megaspark.fragments import Fragment
 from megaspark.manifests import sha256_of
 from megaspark.models import llama
+from megaspark.models.blocks import Execution
 
 TEXT = [f"def function_{i}(x):\n    return x + {i}  # é {'y' * (i % 7)}\n" for i in range(400)]
 
@@ -40,7 +41,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def write_run(run: Path, tokenizer: Path, **model: Any) -> tuple[Path, torch.nn.Module]:
     """A run folder with one checkpoint of random weights, cut unevenly over three files as three ranks would; and its model."""
     config = llama.Config(**{"hidden": 48, "layers": 3, "heads": 4, "kv_heads": 2, "ffn": 72, "vocab": 330, **model})
-    weights = build_model(config, seed=5)
+    weights = build_model(config, 5, Execution())
     with torch.no_grad():
         for parameter in weights.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel())) * 0.2)

@@ -10,8 +10,9 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from megaspark.flops import Shape
-from megaspark.kernels.rope import rope_frequencies
-from megaspark.models.blocks import Attention, Context, Embedding, Head, RMSNorm, SwiGLU, initialize, make_context
+from megaspark.kernels.attention import spans
+from megaspark.kernels.rope import rope_angles, rope_frequencies
+from megaspark.models.blocks import Attention, Context, Embedding, Execution, Head, RMSNorm, SwiGLU, initialize
 from megaspark.settings import Section
 
 # "3b" and "30b" are Table 1 of Litespark (arXiv 2510.02483): 2,289,158,144 and 32,528,943,616 parameters. It does not state
@@ -72,37 +73,41 @@ class Config(Section):
 class Block(nn.Module):
     """x + attention(norm(x)), then x + feed_forward(norm(x))."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, execution: Execution) -> None:
         super().__init__()
-        self.attention_norm = RMSNorm(config.hidden, config.norm_eps)
-        self.attention = Attention(config.hidden, config.heads, config.kv_heads, config.dim)
-        self.mlp_norm = RMSNorm(config.hidden, config.norm_eps)
-        self.mlp = SwiGLU(config.hidden, config.ffn)
+        self.attention_norm = RMSNorm(config.hidden, config.norm_eps, execution)
+        self.attention = Attention(config.hidden, config.heads, config.kv_heads, config.dim, execution)
+        self.mlp_norm = RMSNorm(config.hidden, config.norm_eps, execution)
+        self.mlp = SwiGLU(config.hidden, config.ffn, execution)
 
     def forward(self, x_BSE: Tensor, context: Context) -> Tensor:
         """x_BSE: [B, S, E]. Returns the same shape."""
-        x_BSE = x_BSE + self.attention(self.attention_norm(x_BSE), context)
-        return x_BSE + self.mlp(self.mlp_norm(x_BSE))
+        normed_BSE, x_BSE = self.mlp_norm(self.attention(self.attention_norm(x_BSE), context), x_BSE)
+        return x_BSE + self.mlp(normed_BSE)
 
 
 class Model(nn.Module):
-    """A Llama of `config`'s shape, its parameters not yet filled (see `initialize_`)."""
+    """A Llama of `config`'s shape, its parameters not yet filled (see `initialize_`), computing as `execution` says."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, execution: Execution = Execution()) -> None:  # noqa: B008 (frozen)
         super().__init__()
-        self.config = config
+        self.config, self.execution = config, execution
         self.embedding = Embedding(config.vocab, config.hidden)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.blocks = nn.ModuleList(Block(config, execution.of_block(i, config.layers)) for i in range(config.layers))
         tied = self.embedding.weight if config.tie_embeddings else None
-        self.head = Head(RMSNorm(config.hidden, config.norm_eps), config.hidden, config.vocab, tied)
+        norm = RMSNorm(config.hidden, config.norm_eps, execution)
+        self.head = Head(norm, config.hidden, config.vocab, tied, execution)
 
     def layers(self) -> list[nn.Module]:
         """Embedding, blocks and head in order: tokens -> x, (x, context) -> x, x -> logits or loss."""
         return [self.embedding, *self.blocks, self.head]
 
     def context(self, positions_BS: Tensor, dtype: torch.dtype, documents: bool) -> Context:
-        """What the blocks need to know of positions [B, S]; see `make_context`."""
-        return make_context(positions_BS, rope_frequencies(self.config.dim, self.config.rope_theta), dtype, documents)
+        """What the blocks need to know of positions [B, S]: rotary angles and, if `documents`, where each of them starts."""
+        cos_BSC, sin_BSC = rope_angles(positions_BS, rope_frequencies(self.config.dim, self.config.rope_theta))
+        backend, seq = self.execution.backend("attention"), positions_BS.shape[1]
+        seen = spans(positions_BS if documents else None, seq, None, dtype, backend, positions_BS.device, self.config.dim)
+        return Context(cos_BSC, sin_BSC, seen)
 
     def forward(self, tokens_BS: Tensor, positions_BS: Tensor | None = None, labels_BS: Tensor | None = None) -> Tensor:
         """Logits [B, S, V], or with labels_BS the mean loss as a fp32 scalar.
