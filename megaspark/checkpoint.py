@@ -14,7 +14,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,10 +26,12 @@ from torch import Tensor
 
 from megaspark.errors import UserError
 from megaspark.fragments import STATE, Fragment
+from megaspark.safetensors_files import Rows, plan_shards, write_file
 from megaspark.settings import digest
 
 FORMAT = 1
 INDEX = "checkpoint.json"
+MASTERS_FILE_BYTES = 16 * 10**9
 
 
 class BadCheckpoint(UserError):
@@ -108,6 +110,14 @@ class Checkpoint:
         """A parameter's fp32 master in its own shape."""
         return self.read(name).view(self.shapes[name])
 
+    def rows(self, name: str, first: int, last: int) -> Tensor:
+        """Rows [first, last) of a parameter's fp32 master along its first dimension; lets go of what reading it mapped."""
+        shape = self.shapes[name]
+        width = math.prod(shape[1:])
+        found = self.read(name, "master", first * width, (last - first) * width).view(last - first, *shape[1:])
+        self._open.clear()  # pages of a mapping that stays open count as this process's memory
+        return found
+
     def _file(self, name: str) -> Any:
         if name not in self._open:
             try:
@@ -158,12 +168,39 @@ def save(
     return gather(problem)[0]
 
 
-def load(checkpoint: Checkpoint, held: Iterable[Fragment]) -> None:
-    """Fills the fragments that this process holds from a checkpoint written under any layout."""
+def load(checkpoint: Checkpoint, held: Iterable[Fragment], kinds: Iterable[str] = STATE) -> None:
+    """Fills the fragments that this process holds from a checkpoint written under any layout; of STATE only `kinds`."""
     with torch.no_grad():
         for fragment in held:
-            for kind in STATE:
+            for kind in kinds:
                 fragment.tensors[kind].copy_(checkpoint.read(fragment.name, kind, fragment.start, fragment.length))
+
+
+def write_masters(
+    folder: Path, state: dict[str, Any], shapes: Mapping[str, tuple[int, ...]], rows: Rows, done: Callable[[int], object] = bool
+) -> None:
+    """Writes a checkpoint of weights alone, without moments, piece by piece into `folder`, which the caller renames.
+
+    shapes: of the parameters by name; rows: gives a part of one; done: told the bytes as they are written.
+    """
+    sizes = {name: 4 * math.prod(shape) for name, shape in shapes.items()}
+    files, parameters = {}, {}
+    for number, names in enumerate(plan_shards(sizes, MASTERS_FILE_BYTES)):
+        file = f"masters_{number:05d}.safetensors"
+        flat = {f"{name}/master": (math.prod(shapes[name]),) for name in names}
+        files[file] = write_file(folder / file, flat, lambda key, a, b: _elements(rows, shapes, key, a, b), torch.float32, done)
+        for name in names:
+            parameters[name] = {"shape": list(shapes[name]), "fragments": [[file, 0, math.prod(shapes[name])]]}
+    _write_index(folder, state, files, parameters)
+
+
+def _elements(rows: Rows, shapes: Mapping[str, tuple[int, ...]], key: str, first: int, last: int) -> Tensor:
+    """Elements [first, last) of a flattened parameter, cut out of the rows that hold them."""
+    name = key.removesuffix("/master")
+    width = math.prod(shapes[name][1:])
+    top = first // width
+    found = rows(name, top, -(-last // width)).to(torch.float32).reshape(-1)
+    return found[first - top * width : last - top * width]
 
 
 def step_folder(run: Path, step: int) -> Path:
@@ -240,15 +277,19 @@ def _complete(partial: Path, folder: Path, state: dict[str, Any], entries: list[
         for name, shape, piece in entry["fragments"]:
             parameters.setdefault(name, {"shape": shape, "fragments": []})["fragments"].append(piece)
     files = {name: facts for entry in entries for name, facts in entry["file"].items()}
-    index = {"format": FORMAT, "state": state, "files": files, "parameters": parameters}
-    index["sha256"] = _own_digest(index)
-    _write_file(partial / INDEX, json.dumps(index, indent=1, ensure_ascii=False))
-    Checkpoint(partial)  # whatever is missing is found now, not at the next start
-    _sync_folder(partial)
+    _write_index(partial, state, files, parameters)
     if folder.exists():
         shutil.rmtree(folder)
     partial.rename(folder)
     _sync_folder(folder.parent)
+
+
+def _write_index(folder: Path, state: dict[str, Any], files: dict[str, Any], parameters: dict[str, Any]) -> None:
+    index = {"format": FORMAT, "state": state, "files": files, "parameters": parameters}
+    index["sha256"] = _own_digest(index)
+    _write_file(folder / INDEX, json.dumps(index, indent=1, ensure_ascii=False))
+    Checkpoint(folder)  # whatever is missing is found now, not at the next start
+    _sync_folder(folder)
 
 
 def _own_digest(index: dict[str, Any]) -> str:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -43,6 +43,20 @@ USUAL_NAMES = {
     "eos": ("</s>", "<eos>", "<|end_of_text|>", "<|endoftext|>", "<|im_end|>"),
     "pad": ("<pad>", "<|pad|>", "<fim_pad>"),
 }
+# An answer's tokens, its end included, stand inside {% generation %}, for a loss on answers only.
+CHATML = """\
+{%- set end = '<|im_end|>' + (eos_token if eos_token and eos_token != '<|im_end|>' else '') -%}
+{%- for message in messages -%}
+    {{- '<|im_start|>' + message['role'] + '\\n' -}}
+    {%- if message['role'] == 'assistant' -%}
+        {%- generation -%}{{- message['content'] + end -}}{%- endgeneration -%}
+    {%- else -%}
+        {{- message['content'] + '<|im_end|>' -}}
+    {%- endif -%}
+    {{- '\\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}
+"""
 
 
 @dataclass(frozen=True)
@@ -106,6 +120,46 @@ def write_tokenizer(source: Path, out: Path, *, max_length: int, add_bos: bool =
         write_atomically(out / "tokenizer.model", source.read_bytes())  # converters to GGUF want it
 
 
+def customize(folder: Path, vocab: int, chat_template: str | None, special: list[tuple[str, str]]) -> None:
+    """Adds a chat template and special tokens, as (role or "extra", text), to the tokenizer in `folder`.
+
+    A text that is no piece yet takes the next free row of the model's `vocab`. With a template, special tokens in a text are
+    no longer taken as text, for a rendered conversation has them in it. Raises UserError where there is no tokenizer or row.
+    """
+    if chat_template is None and not special:
+        return
+    path, about = folder / "tokenizer.json", folder / "tokenizer_config.json"
+    if not path.is_file():
+        raise UserError("--chat-template and --special-token need a tokenizer.json, and this model has none")
+    config = json.loads(about.read_text(encoding="utf-8")) if about.is_file() else {"tokenizer_class": "PreTrainedTokenizerFast"}
+    tokenizer = Tokenizer.from_file(str(path))
+    for role, text in special:
+        if tokenizer.token_to_id(text) is None and tokenizer.get_vocab_size() >= vocab:
+            raise UserError(f"--special-token {text!r} is no piece of the tokenizer, and the model's {vocab:,} rows are all taken")
+        tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False)])
+        if role != "extra":
+            config[f"{role}_token"] = text
+    if special:
+        write_atomically(path, (tokenizer.to_str(pretty=True) + "\n").encode())
+    if chat_template is not None:
+        config["split_special_tokens"] = False
+        config.pop("chat_template", None)
+        write_atomically(folder / "chat_template.jinja", chat_template.encode())
+    write_atomically(about, (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def special_ids(folder: Path) -> dict[str, int]:
+    """bos_token_id, eos_token_id and pad_token_id of the tokenizer in `folder`, as far as it names them."""
+    about, path = folder / "tokenizer_config.json", folder / "tokenizer.json"
+    if not about.is_file() or not path.is_file():
+        return {}
+    config, tokenizer = json.loads(about.read_text(encoding="utf-8")), Tokenizer.from_file(str(path))
+    named = {role: config.get(f"{role}_token") for role in ("bos", "eos", "pad")}
+    texts = {role: token["content"] if isinstance(token, dict) else token for role, token in named.items() if token}
+    found = {f"{role}_token_id": tokenizer.token_to_id(text) for role, text in texts.items()}
+    return {key: number for key, number in found.items() if number is not None}
+
+
 def check_tokenizer(source: Path, out: Path, texts: Iterable[str]) -> list[str]:
     """The texts that `AutoTokenizer.from_pretrained(out)` encodes or decodes differently from `source`: none, if exact."""
     from transformers import AutoTokenizer
@@ -124,7 +178,8 @@ def check_tokenizer(source: Path, out: Path, texts: Iterable[str]) -> list[str]:
         expected = processor.encode(texts)
         unk = processor.unk_id()  # SentencePiece prints it as " ⁇ ", tokenizers as the piece
         decoded = [None if unk in ids else processor.decode(ids) for ids in expected]
-    got = [ours.encode(text, add_special_tokens=False, verbose=False) for text in texts]  # no warning of long ones
+    said = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}  # no warning of long ones
+    got = [ours.encode(text, **said) for text in texts]
     return [
         text
         for text, ids, want, plain in zip(texts, got, expected, decoded, strict=True)
@@ -132,14 +187,20 @@ def check_tokenizer(source: Path, out: Path, texts: Iterable[str]) -> list[str]:
     ]
 
 
-def adversarial_texts(n: int = 5000, seed: int = 0) -> list[str]:
-    """`n` strings, the same for a seed, of what tokenizers get wrong: spaces, runs, special tokens, scripts, controls."""
+def adversarial_texts(n: int = 5000, seed: int = 0, symbols: Sequence[str] = ()) -> list[str]:
+    """`n` strings, the same for a seed, of what tokenizers get wrong: spaces, runs, special tokens, scripts, controls.
+
+    symbols: a tokenizer's own special and user-defined tokens; they come alone, at borders, after spaces and among the rest.
+    """
     rng = random.Random(seed)
     spaces = [" ", "  ", "    ", "\n", "\n\n", "\t", "\r\n", SPACE, SPACE * 2, "\xa0", "\u3000", "\u200b", "\u2028"]
     odd = ["\0", "\x1b", "\x7f", "\u200d", "\ufe0f", "\ufeff", "\ufffd", "\U0010ffff", "e\u0301", "👩\u200d💻", "𝔘"]
     atoms = [*spaces, *odd, *ODD_WORDS.split(), *map(chr, range(33, 127))]
     planes = ((0, 0x80), (0x80, 0x250), (0x370, 0x700), (0x900, 0xE00), (0x2000, 0x2C00), (0x3000, 0xD7A4), (0xE000, 0x20000))
     texts = ["", " " + SPACE, "</s> <s> <0x0A>", *atoms]
+    chosen = rng.sample(sorted(symbols), min(len(symbols), 100)) if symbols else []
+    texts += [text for symbol in chosen for text in (symbol, f"a{symbol}", f" {symbol} b", f"{symbol}{symbol}a")]
+    atoms += chosen * (1 + 20 // len(chosen)) if chosen else []
     texts += [c * length for c in ' a-=\n\t0."\u2581\0é東😀' for length in (*range(2, 40), 64, 100, 1000)]
     while len(texts) < n:
         parts = rng.choices(atoms, k=rng.randint(1, 12))
@@ -152,6 +213,15 @@ def adversarial_texts(n: int = 5000, seed: int = 0) -> list[str]:
             parts = rng.choices(parts[:2], k=30)  # two parts in all orders, which ties and overlaps need
         texts.append("".join(parts))
     return texts[:n]
+
+
+def symbols_of(folder: Path) -> list[str]:
+    """The special and user-defined tokens of the tokenizer in `folder`, which an adversarial set for it should hold."""
+    path, model = folder / "tokenizer.json", folder / "tokenizer.model"
+    added = json.loads(path.read_text(encoding="utf-8"))["added_tokens"] if path.is_file() else []
+    pieces = read_model(model) if model.is_file() else None
+    own = [*pieces.of_type(USER_DEFINED), *pieces.of_type(CONTROL)] if pieces else []
+    return sorted({*own, *(token["content"] for token in added)})
 
 
 def _json_special_tokens(source: Path) -> dict[str, str]:

@@ -23,6 +23,7 @@ from megaspark.checkpoint import Checkpoint
 from megaspark.config import Checked, RunConfig, check_run, load_config
 from megaspark.engine import Engine, parameter_shapes, settle_accelerator
 from megaspark.errors import UserError
+from megaspark.models import differing
 from megaspark.optim import CosineSchedule
 from megaspark.ranks import Ranks
 from megaspark.recorders import Recorder
@@ -40,7 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     config, tree = load_config(args.config, args.overrides)
     checked = check_run(config, tree, ranks.world)
     start = find_start(checked, say=ranks.first)
-    status = train(checked, ranks, start)
+    weights = None if start else find_weights(checked, say=ranks.first)
+    status = train(checked, ranks, start, weights)
     sys.stdout.flush()
     sys.stderr.flush()
     # Not by way of Python's shutdown: once, when it still was, a process of a finished run aborted on its way out (exit status
@@ -60,8 +62,8 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def train(checked: Checked, ranks: Ranks, start: Checkpoint | None) -> int:
-    """Runs from `start`, or from the beginning, to the last step; returns the exit status."""
+def train(checked: Checked, ranks: Ranks, start: Checkpoint | None, weights: Checkpoint | None = None) -> int:
+    """Runs from `start`, or from the beginning (with given `weights`), to the last step; returns the exit status."""
     config, run = checked.config, checked.config.run
     folder = config.folder
     end = min(run.steps, run.stop_after or run.steps)
@@ -75,6 +77,9 @@ def train(checked: Checked, ranks: Ranks, start: Checkpoint | None) -> int:
     engine = Engine(checked, ranks)
     if start:
         _restore(engine, start, ranks)
+    elif weights:
+        checkpoint.load(weights, fragments.fragments(engine.deepspeed), kinds=("master",))
+        fragments.push(engine.deepspeed)
     samples = Samples(checked.train, config.data.phases, run.seed)
     batches = _batches(checked, samples, ranks)
     held_out = _batches(checked, Samples(checked.validation, config.data.seq, run.seed), ranks) if checked.validation else None
@@ -135,10 +140,34 @@ def find_start(checked: Checked, say: bool) -> Checkpoint | None:
     return None
 
 
-def _check_same_run(checked: Checked, found: Checkpoint) -> None:
-    """Refuses a checkpoint whose model or data is not this run's, naming the first difference."""
+def find_weights(checked: Checked, say: bool) -> Checkpoint | None:
+    """The checkpoint of `run.init_from`, whole and of this run's architecture; None where none is asked for.
+
+    Raises UserError naming the first difference. Its optimizer, step and data do not matter: the run starts at step 0.
+    """
     config = checked.config
-    expected = parameter_shapes(config.model)
+    if config.run.init_from is None:
+        return None
+    found = checkpoint.newest(Path(config.run.init_from))
+    if problem := found.problem():
+        raise UserError(f"run.init_from: {problem}")
+    said = {key: value for key, value in found.state["config"]["model"].items() if key in type(config.model).model_fields}
+    if difference := differing(config.model, type(config.model)(**said)):
+        key, ours, theirs = difference
+        raise UserError(f"run.init_from = {found.folder} was made with model.{key} = {theirs}, this run has {ours}; set it to that")
+    _check_shapes(checked, found)
+    carried = found.state.get("source", {}).get("files", {})
+    tokenizers = {name: sha256 for name, sha256 in carried.items() if name in ("tokenizer.json", "tokenizer.model")}
+    if say:
+        print(f"starting at step 0 from the weights of {found.folder}", flush=True)
+        if tokenizers and _tokenizer(checked)[1] not in tokenizers.values():
+            text = f"WARNING: the data were not tokenized with {' or '.join(tokenizers)} of {found.folder / 'source'}"
+            print(f"{text}: to these weights every token may mean another", file=sys.stderr, flush=True)
+    return found
+
+
+def _check_shapes(checked: Checked, found: Checkpoint) -> None:
+    expected = parameter_shapes(checked.config.model)
     for name in [*expected, *found.shapes]:
         ours, theirs = expected.get(name), found.shapes.get(name)
         if ours != theirs:
@@ -146,6 +175,14 @@ def _check_same_run(checked: Checked, found: Checkpoint) -> None:
                 f"{found.folder} is of another model: its {name} is {_shape(theirs)}, this run's is {_shape(ours)}; "
                 "choose another run.name or the model that it was trained with"
             )
+
+
+def _check_same_run(checked: Checked, found: Checkpoint) -> None:
+    """Refuses a checkpoint whose model or data is not this run's, naming the first difference."""
+    config = checked.config
+    _check_shapes(checked, found)
+    if "phases" not in found.state:
+        raise UserError(f"{found.folder} holds weights only and cannot be resumed; move it out of the run and set run.init_from")
     recorded = [Phase(**values) for values in found.state["phases"]]
     if difference := changed_past(recorded, config.data.phases, int(found.state["samples"])):
         raise UserError(

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from megaspark import rope_scalings
 from megaspark.flops import Shape
 from megaspark.kernels.attention import spans
 from megaspark.kernels.rope import rope_angles, rope_frequencies
 from megaspark.models.blocks import Attention, Context, Embedding, Execution, Head, RMSNorm, SwiGLU, initialize
+from megaspark.rope_scalings import RopeScaling
 from megaspark.settings import Section
 
 # "3b" and "30b" are Table 1 of Litespark (arXiv 2510.02483): 2,289,158,144 and 32,528,943,616 parameters. It does not state
@@ -37,6 +40,8 @@ class Config(Section):
     vocab: int = Field(gt=0)
     head_dim: int | None = Field(None, gt=0)
     rope_theta: float = Field(10000.0, gt=0)
+    rope_scaling: RopeScaling | None = None
+    max_positions: int | None = Field(None, gt=0, description="the context that an export states; default: data.seq")
     norm_eps: float = Field(1e-5, gt=0)
     tie_embeddings: bool = False
     init_std: float = Field(0.02, gt=0)
@@ -104,7 +109,8 @@ class Model(nn.Module):
 
     def context(self, positions_BS: Tensor, dtype: torch.dtype, documents: bool) -> Context:
         """What the blocks need to know of positions [B, S]: rotary angles and, if `documents`, where each of them starts."""
-        cos_BSC, sin_BSC = rope_angles(positions_BS, rope_frequencies(self.config.dim, self.config.rope_theta))
+        frequencies_C = rope_frequencies(self.config.dim, self.config.rope_theta)
+        cos_BSC, sin_BSC = rope_angles(positions_BS, rope_scalings.scaled(frequencies_C, self.config.rope_scaling))
         backend, seq = self.execution.backend("attention"), positions_BS.shape[1]
         seen = spans(positions_BS if documents else None, seq, None, dtype, backend, positions_BS.device, self.config.dim)
         return Context(cos_BSC, sin_BSC, seen)
@@ -155,6 +161,9 @@ HF_NAMES: dict[str, str] = {
 }
 
 
+HF_TYPE = "llama"  # `model_type` of a config.json
+
+
 def hf_config(config: Config, max_positions: int) -> dict[str, Any]:
     """The config.json with which transformers' LlamaForCausalLM computes what this model computes."""
     return {
@@ -168,7 +177,7 @@ def hf_config(config: Config, max_positions: int) -> dict[str, Any]:
         "intermediate_size": config.ffn,
         "vocab_size": config.vocab,
         "max_position_embeddings": max_positions,
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+        **rope_scalings.to_hf(config.rope_theta, config.rope_scaling),
         "rms_norm_eps": config.norm_eps,
         "tie_word_embeddings": config.tie_embeddings,
         "initializer_range": config.init_std,
@@ -178,3 +187,34 @@ def hf_config(config: Config, max_positions: int) -> dict[str, Any]:
         "attention_dropout": 0.0,
         "use_cache": True,
     }
+
+
+def config_from_hf(described: Mapping[str, Any]) -> Config:
+    """The config with which this model computes what LlamaForCausalLM computes with that config.json.
+
+    Raises ValueError for what is missing, contradictory or not built, in the words of config.json.
+    """
+    built = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "quantization_config": None}
+    for key, value in built.items():
+        if described.get(key, value) not in (value, None):
+            raise ValueError(f"{key} = {described[key]!r} is not built here (only {value!r})")
+    theta, scaling = rope_scalings.from_hf(described)
+    said = {key: value for key, value in described.items() if value is not None}
+    for key in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size"):
+        if key not in said:
+            raise ValueError(f"{key} is missing")
+    return Config(
+        hidden=said["hidden_size"],
+        layers=said["num_hidden_layers"],
+        heads=said["num_attention_heads"],
+        kv_heads=said.get("num_key_value_heads", said["num_attention_heads"]),
+        ffn=said["intermediate_size"],
+        vocab=said["vocab_size"],
+        head_dim=said.get("head_dim"),
+        rope_theta=theta,
+        rope_scaling=scaling,
+        max_positions=said.get("max_position_embeddings", 2048),  # this and the next two: what transformers takes if unsaid
+        norm_eps=said.get("rms_norm_eps", 1e-6),
+        tie_embeddings=said.get("tie_word_embeddings", False),
+        init_std=said.get("initializer_range", 0.02) or 0.02,
+    )
