@@ -21,6 +21,8 @@ VERBS = {
     "pretrain": ("megaspark.train", "train a model; under `deepspeed megaspark/pretrain.py`: on many processes"),
     "to-hf": ("megaspark.tools.to_hf", "convert a checkpoint to a Hugging Face folder, proven equal"),
     "from-hf": ("megaspark.tools.from_hf", "convert a Hugging Face folder to a checkpoint that pre-training goes on from"),
+    "demo-instructions": ("megaspark.tools.demo_instructions", "questions, answers and preference pairs out of the demo corpus"),
+    "demo-tasks": ("megaspark.tools.demo_tasks", "lm-eval tasks out of the demo corpus"),
     "sft": ("megaspark.tools.sft", "fine-tune a Hugging Face folder on instructions (TRL's SFTTrainer)"),
     "dpo": ("megaspark.tools.dpo", "align a Hugging Face folder with preference pairs (TRL's DPOTrainer)"),
     "eval": ("megaspark.tools.eval", "perplexity, multiple-choice and code tasks of a model"),

@@ -26,7 +26,7 @@ from transformers.masking_utils import sdpa_mask
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 from transformers.monkey_patching import register_patch_mapping, unregister_patch_mapping
 
-from megaspark.kernels.attention import attention, document_mask
+from megaspark.kernels.attention import Spans, attention, spans
 from megaspark.kernels.rms_norm import rms_norm
 from megaspark.kernels.swiglu import swiglu
 from megaspark.settings import Section
@@ -141,9 +141,8 @@ def attend(
     positions = attention_mask
     if positions is None:
         positions = _positions_of(query, kwargs.get("cu_seq_lens_q"), kwargs.get("position_ids"))
-    spans = _spans(positions, query, sliding_window)
     q_BSHD, k_BSKD, v_BSKD = (x.transpose(1, 2) for x in (query, key, value))
-    return _attend(q_BSHD, k_BSKD, v_BSKD, spans, scaling), None
+    return attention(q_BSHD, k_BSKD, v_BSKD, _spans(positions, query, sliding_window), scale=scaling), None
 
 
 def _positions_of(query: Tensor, cu_seqlens: Tensor | None, position_ids: Tensor | None) -> Tensor | None:
@@ -160,28 +159,17 @@ def _whole(seq: int, device: torch.device) -> Tensor:
     return torch.arange(seq, device=device)[None]
 
 
-# The kernel's API is met in the next two functions only.
-
-
-def _spans(positions: Tensor | None, query: Tensor, window: int | None) -> Tensor | None:
-    """What the kernel takes for a mask, made once a forward pass; None for plain causal attention."""
-    batch, _, seq, _ = query.shape
+def _spans(positions: Tensor | None, query: Tensor, window: int | None) -> Spans | None:
+    """What the kernel must know of who sees whom, made once a forward pass; None for plain causal attention."""
+    _, _, seq, head_dim = query.shape
     if positions is None and (window is None or window >= seq):
         return None
     known = _whole(seq, query.device) if positions is None else positions
 
-    def make() -> Tensor:
-        seen = known if window is None else known.clamp(max=window - 1)
-        return document_mask(seen.expand(batch, seq), query.dtype)
+    def make() -> Spans | None:
+        return spans(known, seq, window, query.dtype, device=query.device, head_dim=head_dim)
 
-    return _spans_memory.get(known, window, query.dtype, batch, make=make)
-
-
-def _attend(q_BSHD: Tensor, k_BSKD: Tensor, v_BSKD: Tensor, spans: Tensor | None, scaling: float | None) -> Tensor:
-    own = q_BSHD.shape[-1] ** -0.5  # the kernel's own scale
-    if scaling is not None and scaling != own:
-        q_BSHD = q_BSHD * (scaling / own)
-    return attention(q_BSHD, k_BSKD, v_BSKD, spans)
+    return _spans_memory.get(known, window, query.dtype, make=make)
 
 
 # --- modules
