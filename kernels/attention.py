@@ -91,11 +91,12 @@ def block_mask_of(spans: Spans) -> Any:
 
     start_BS = spans.start_BS
     B, S = start_BS.shape
+    each = int(B > 1)  # or all sequences share row 0
 
     def seen(b: Tensor, h: Tensor, m: Tensor, n: Tensor) -> Tensor:
-        return (m >= n) & (n >= start_BS[b, m])
+        return (m >= n) & (n >= start_BS[b * each, m])
 
-    return create_block_mask(seen, B if B > 1 else None, None, S, S, device=start_BS.device.type)
+    return create_block_mask(seen, B if each else None, None, S, S, device=start_BS.device.type)
 
 
 def backend_for(device: torch.device, dtype: torch.dtype, head_dim: int, seq: int, spanned: bool) -> str:

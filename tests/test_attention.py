@@ -185,12 +185,13 @@ def test_blocks_skip_what_nobody_sees():
     assert pairs == 256**2 * (1 + 2 + 1 + 2 + 1 + 2 + 3 + 4)
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_flex_sees_the_same():
     """FlexAttention asks for every pair by itself; its gradients run on GPUs alone, and here a clear word is due."""
-    positions = positions_of([100, 3, 97])
-    q, k, v = (normal(1, 200, h, 16, seed=h).float() for h in (4, 2, 2))
-    for seen in (None, spans(positions, 200, 50, torch.float32, backend="flex")):
-        assert seen is None or seen.block_mask is not None
+    q, k, v = (normal(2, 200, h, 16, seed=h).float() for h in (4, 2, 2))
+    for positions, window in [(None, None), (None, 30), (positions_of([100, 3, 97], [1, 199]), 50)]:
+        seen = spans(positions, 200, window, torch.float32, backend="flex")
+        assert (seen is None) == (window is None) and (seen is None or seen.block_mask is not None)
         assert (attention(q, k, v, seen, backend="flex") - attention_sdpa(q, k, v, seen)).abs().max() <= 1e-5
     with pytest.raises(ValueError, match="'flex' has no gradients on a CPU"):
         attention(q.requires_grad_(), k, v, backend="flex")

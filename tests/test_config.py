@@ -19,21 +19,30 @@ from megaspark.errors import UserError
 from megaspark.flops import parameters
 from megaspark.kernels.dispatch import INTERPRETED
 from megaspark.models import ARCHITECTURES, architecture
+from megaspark.posttraining import PostTraining, check_arguments
+from megaspark.tools import dpo, sft
 
 CONFIGS = CHECKOUT / "ds_configs"
 SHIPPED = sorted(p.name for p in CONFIGS.glob("*.yaml"))
-RUNS = [name for name in SHIPPED if not name.startswith(("prep-", "dedup-"))]
+RUNS = [name for name in SHIPPED if name.startswith("llama-")]
+POST_TRAINING = {"sft-demo.yaml": sft.METHOD, "dpo-demo.yaml": dpo.METHOD}
 
 
 def schema_of(name: str) -> type[settings.Section]:
     """What a shipped config of this name is checked against."""
-    kinds = {"prep": PrepSettings, "dedup": DedupSettings}
+    kinds = {"prep": PrepSettings, "dedup": DedupSettings, "sft": PostTraining, "dpo": PostTraining}
     return kinds.get(name.partition("-")[0], RunConfig[architecture("llama").Config])
 
 
 def load(name: str, path: Path) -> None:
     """Loads a config as its own program does."""
-    load_config(path, []) if name in RUNS else settings.load(path, [], schema_of(name))
+    if name in RUNS:
+        load_config(path, [])
+        return
+    config, tree = settings.load(path, [], schema_of(name))
+    if name in POST_TRAINING:
+        arguments, _ = POST_TRAINING[name].classes()
+        check_arguments(config.trainer, arguments, tree, "trainer", {})
 
 
 def said_keys(values: dict[str, Any], prefix: str = "") -> Iterator[str]:

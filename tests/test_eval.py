@@ -24,6 +24,7 @@ from megaspark.engine import build_model
 from megaspark.errors import UserError
 from megaspark.fragments import Fragment
 from megaspark.models import llama
+from megaspark.models.blocks import Execution
 from megaspark.shards import Counts, Manifest, ShardWriter, dtype_for, sha256_of
 from megaspark.tools import demo_tasks, to_hf
 from megaspark.tools.eval import main
@@ -72,7 +73,7 @@ def write_run(run: Path, tokenizer: Path, data: Path) -> Path:
         "tokenizer": {"path": str(tokenizer), "sha256": sha256_of(tokenizer), "prepend_bos": False},
     }  # fmt: skip
     held = []
-    for name, parameter in build_model(config, seed=5).named_parameters():
+    for name, parameter in build_model(config, 5, Execution()).named_parameters():
         flat = parameter.detach().flatten()
         tensors = {"master": flat, "exp_avg": torch.zeros_like(flat), "exp_avg_sq": torch.zeros_like(flat)}
         held.append(Fragment(name, tuple(parameter.shape), 0, flat.numel(), tensors))

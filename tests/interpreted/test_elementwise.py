@@ -1,11 +1,12 @@
 """rope, swiglu and gelu_tanh as Triton computes them.
 
-Planted bugs that these tests caught, each alone. rope: the sine's sign in either direction; halves exchanged; interleaved pairs;
-D in place of D / 2 in the angles' rows; the mask of 52 of 64 columns, of heads or of tokens left out; K and H exchanged; the
-angles' batch stride dropped, or kept for one row of angles; a view's strides taken for dense ones; the backward not negated; the
-products taken in bf16. swiglu: gate and up exchanged; silu's slope without its second term; gradients exchanged; a mask off by
-one; the gate's stride for up's. gelu_tanh: either constant; the bias left out, forward or backward; the slope of u without its
-square; the bias's gradient of one block of rows only, or of the last turn; a mask off by one.
+Planted bugs that these tests caught, each alone. rope: the sine's sign in either half; halves exchanged; D in place of D / 2 in the
+angles' rows; the mask of columns (52 of 64), of heads or of tokens left out; K and H exchanged; the angles' batch stride dropped,
+or kept for one row of angles; a view's batch or token stride taken for the dense one, its heads for packed; the backward not
+negated; a product taken in bf16. swiglu: gate and up exchanged; silu's slope without its second term; gradients exchanged; a mask
+off by one; any of the three strides taken for another. gelu_tanh: each constant, in the third digit or the fifth; the bias left
+out, forward or backward; the bias's gradient of one block of rows only, or of the last turn; a mask off by one row or
+column; 1 less the share in place of the other share. Not seen here: a load past the end whose value is not used.
 """
 
 import pytest

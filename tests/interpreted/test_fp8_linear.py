@@ -1,6 +1,13 @@
 """The 8-bit linear layer's Triton kernels: the bits of what is rounded, and the products, against the model in fp64.
 
-Planted bugs that these tests caught, each alone: PLANTED
+Planted bugs that these tests caught, each alone: by rows: the maximum without the absolute value, passing over NaN, or with
+columns outside; a scale stored outside; multiplied by the inverse scale; programs that all start at row 0; the columns' maxima
+of the last rows only, without the absolute value, passing over NaN, or of all programs at one place. The scale: its change at
+1.5 or at 2 in place of 1.75 times a power of two; half the range; exponents that wrap around at 0; an infinity that is
+forgotten. By tile: the smallest number forgotten; one column's scale for all; scales stored by the wrong programs, or only one;
+the transpose by the wrong stride; not scaled; rows outside. The product: the last tiles left out, each way and in depth; groups
+of tiles mixed up; only the last step kept; sums in bf16; a scale of the other dimension, or none; a store outside. Around them:
+gradients in e4m3; the weight's scale by tensor for its transpose by row; maxima of the first row only.
 """
 
 from itertools import product
@@ -26,7 +33,7 @@ def _small_tiles():
         patch.setattr(dispatch, "processors", lambda device: 3)
         patch.setitem(module.CONFIGS["_cast_rows_kernel"][0], "TILE", 128)
         patch.setitem(module.CONFIGS["_cast_rows_kernel"][0], "PER_PROCESSOR", 1)
-        tiles = {"_cast_kernel": {"ROWS": 16, "COLUMNS": 32}, "_product_kernel": {"BM": 16, "BN": 32, "BK": 16, "GROUP": 2}}
+        tiles = {"_cast_kernel": {"ROWS": 16, "COLUMNS": 32}, "_product_kernel": {"BM": 16, "BN": 32, "BK": 32, "GROUP": 2}}
         for kernel, sizes in tiles.items():
             for name, size in sizes.items():
                 patch.setitem(module.CONFIGS[kernel][0], name, size)

@@ -1,6 +1,12 @@
 """The fused head with its Triton kernel: every loss and gradient against fp64, by the rule of numerics.py.
 
-Planted bugs that these tests caught, each alone: PLANTED
+Planted bugs that these tests caught, each alone: a row's address by BLOCK in place of V; ignored labels counted, their loss or
+their gradient stored; the maximum of the last block only; the sum not rescaled when the maximum grows, or the maximum left out
+of the logarithm or of the second pass; 0 in place of -inf outside the row; a store outside it; the label's column found in the
+first block only; a gradient of the first block only, or none; z-loss not squared, its gradient without the 2, only at the
+label, or everywhere but there; the loss, or the label's probability, rounded to bf16; a wrong label's logit read as 0. Around
+the kernel: the first chunk's labels for all; each chunk's product in place of the sum; the mean over ignored tokens too; the
+upstream gradient left out, or rounded to bf16. (The sum over chunks kept in bf16 is caught by the plain tests.)
 """
 
 from functools import partial

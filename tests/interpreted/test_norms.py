@@ -1,12 +1,13 @@
 """rms_norm and layer_norm, alone and with the residual, as Triton computes them.
 
 Planted bugs that these tests caught, each alone, in both norms unless said: eps left out; a mean over BLOCK in place of E; the
-mask of columns left out of the load; of rows left out of the store; every program starting at row 0; the loop's step without
-ROWS; the residual subtracted; the norm taken of x in place of the sum; the sum not stored; the sum normed before it is rounded
-(rms_norm, bf16); rms_norm's scaled row not rounded before the weight (by bits); layer_norm's variance from E[x^2] - mean^2, or
-of the padding too; the mean not stored; the backward without the weight, without its second term, without the first (layer_norm's
-mean), without the residual's gradient, with x's stride for the gradient's; the weight's gradient without the scale, of the last
-rows only, or stored by program 0 alone; the bias's gradient times the scale; the gradient of the sum dropped where only it is used.
+mask of columns left out of the load (rms_norm); every program starting at row 0; a loop's step without ROWS, or of twice as many;
+the residual subtracted; the norm taken of x in place of the sum; the sum not stored, or normed before it is rounded; rms_norm's
+scaled row not rounded before the weight; layer_norm's variance from E[x^2] - mean^2, or of the padding too; its mean not stored;
+its bias left out; the backward without the weight, without its second term, without the mean (layer_norm), without the
+residual's gradient, with x's stride for either gradient's; the weight's gradient without the scale, of the last rows only, of
+program 0 only, or with all partial sums in one row; the bias's gradient times the normed row; the sum's gradient dropped where
+only the sum is used. Not seen here: a load past the end whose value is not used.
 """
 
 from typing import Any
