@@ -59,11 +59,12 @@ def join(weight: Tensor, low: Tensor) -> Tensor:
 def adamw_reference(
     weight: Tensor, low: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, update: Update
 ) -> None:
-    """`adamw` in plain torch, for any device, a chunk at a time."""
+    """`adamw` in plain torch, for any device: a chunk at a time, or whole where torch.compile traces it and fuses it anyway."""
     keep, one_minus_beta1, beta2, one_minus_beta2, correction, eps, minus_size = update.factors()
     tensors = [x.view(-1) for x in (weight, low, grad, exp_avg, exp_avg_sq)]
-    for start in range(0, weight.numel(), CHUNK):
-        w, rest, g, m, v = (x[start : start + CHUNK] for x in tensors)
+    chunk = max(1, weight.numel()) if torch.compiler.is_compiling() else CHUNK
+    for start in range(0, weight.numel(), chunk):
+        w, rest, g, m, v = (x[start : start + chunk] for x in tensors)
         g = g.float()
         m.lerp_(g, one_minus_beta1)
         v.mul_(beta2).addcmul_(g, g, value=one_minus_beta2)

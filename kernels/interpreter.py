@@ -1,8 +1,9 @@
 """Makes Triton's interpreter compute bf16 and fp8 as a GPU does.
 
 Triton 3.9's interpreter holds bf16 in 16-bit and fp8 in 8-bit integers and computes on those integers: sums, comparisons and
-matrix products of them are nonsense, and fp32 is cut off to bf16 where a GPU rounds to the nearest. With `install()` narrow
-operands are widened to fp32, which is exact, and results rounded to nearest even.
+matrix products of them are nonsense, fp32 is cut off to bf16 where a GPU rounds to the nearest, and rounding to fp8 loses what it
+carries into the exponent. With `install()` narrow operands are widened to fp32, which is exact, and results rounded to nearest
+even; in fp8 what is too large becomes the largest number, as the GPU's conversion does.
 """
 
 from __future__ import annotations
@@ -12,12 +13,14 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import torch
 import triton.language as tl
 from triton.runtime import interpreter as upstream
 
 _Handle = upstream.TensorHandle
 _Builder = upstream.InterpreterBuilder
-_FP8 = (tl.float8e4nv, tl.float8e5, tl.float8e4b15)
+_TORCH_FP8 = {tl.float8e4nv: torch.float8_e4m3fn, tl.float8e5: torch.float8_e5m2}
+_FP8 = (*_TORCH_FP8, tl.float8e4b15)
 _INTEGERS = {tl.bfloat16: np.uint16, **dict.fromkeys(_FP8, np.uint8)}  # what each narrow float is held in
 
 
@@ -34,6 +37,18 @@ def fp32_from_bf16(bits: np.ndarray) -> np.ndarray:
     return (np.ascontiguousarray(bits).astype(np.uint32) << 16).view(np.float32).reshape(np.shape(bits))
 
 
+def fp8_from_fp32(values: np.ndarray, dtype: torch.dtype) -> np.ndarray:
+    """fp32 numbers -> the 8 bits of the nearest number of a torch fp8 dtype, ties to even and saturating, as uint8."""
+    wide = torch.from_numpy(np.array(values, dtype=np.float32))  # a copy: the interpreter's arrays may be read-only
+    largest = torch.finfo(dtype).max
+    return wide.clamp(-largest, largest).to(dtype).view(torch.uint8).numpy()
+
+
+def fp32_from_fp8(bits: np.ndarray, dtype: torch.dtype) -> np.ndarray:
+    """uint8 bits of a torch fp8 dtype -> the same numbers in fp32."""
+    return torch.from_numpy(np.array(bits, dtype=np.uint8)).view(dtype).float().numpy()
+
+
 @functools.cache
 def install() -> None:
     """Corrects the interpreter of this process, once."""
@@ -42,6 +57,12 @@ def install() -> None:
 
     def create_fp_to_fp(self: Any, source: Any, target: Any, rounding: Any) -> Any:
         kinds = (source.dtype.scalar, target.scalar)
+        if kinds[0] in _TORCH_FP8 and source.data.dtype == np.uint8:
+            wide = _Handle(fp32_from_fp8(source.data, _TORCH_FP8[kinds[0]]), tl.float32)
+            return wide if kinds[1] == tl.float32 else create_fp_to_fp(self, wide, target, rounding)
+        if kinds[1] in _TORCH_FP8 and rounding in (None, upstream._ir.ROUNDING_MODE.RTNE):
+            wide = source if kinds[0] == tl.float32 else self.cast_impl(source, tl.float32)
+            return _Handle(fp8_from_fp32(wide.data, _TORCH_FP8[kinds[1]]), kinds[1])
         plain = tl.bfloat16 not in kinds or any(kind in _FP8 for kind in kinds)
         return convert(self, source, target, rounding) if plain else self.cast_impl(source, target)
 
@@ -52,14 +73,14 @@ def install() -> None:
             return handle
         if handle.dtype.scalar == tl.bfloat16:
             return self.cast_impl(handle, tl.float32)
-        return convert(self, handle, tl.float32, None)
+        return create_fp_to_fp(self, handle, tl.float32, None)
 
     def narrowed(self: Any, handle: Any, kind: Any) -> Any:
         if not isinstance(handle, _Handle) or handle.data.dtype != np.float32:
             return _Handle(handle.data, kind) if isinstance(handle, _Handle) and handle.data.dtype == np.bool_ else handle
         if kind == tl.bfloat16:
             return self.cast_impl(handle, kind)
-        return convert(self, handle, kind, upstream._ir.ROUNDING_MODE.RTNE)
+        return create_fp_to_fp(self, handle, kind, upstream._ir.ROUNDING_MODE.RTNE)
 
     for name in ("binary_op", "unary_op", "ternary_op", "create_fma"):
         setattr(_Builder, name, _in_fp32(getattr(_Builder, name), widened, narrowed))

@@ -23,7 +23,7 @@ from megaspark.kernels.dispatch import kernel, launcher, only_shapes
 # Logits held at once. The weights' gradient is read and written once a chunk, so bigger chunks move less; on a CPU 1,024 rows of
 # 32,000 bf16 logits are enough for AMX: more gain nothing.
 CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 256 << 20}
-BLOCK_BYTES = 1 << 20  # what a CPU's core works on at a time: half of its second-level cache on a server
+BLOCK_BYTES = 1 << 20  # what one CPU core works on at a time: half of its second-level cache on a server
 
 CONFIGS: dict[str, list[dict[str, int]]] = {"_softmax_kernel": [{"BLOCK": 4096, "num_warps": 8}, {"BLOCK": 8192, "num_warps": 16}]}
 
@@ -127,9 +127,14 @@ def _slices(count: int, step: int) -> Iterator[slice]:
     return (slice(start, min(start + step, count)) for start in range(0, count, step))
 
 
-def _rows_at_once(row: Tensor) -> int:
-    """Rows like this one, in fp32, that a CPU's cores hold in their caches; on a GPU as many as there are."""
-    return 1 << 30 if row.is_cuda else max(1, BLOCK_BYTES * torch.get_num_threads() // (4 * row.numel()))
+def _rows_at_once(row: Tensor, blocks: int = 1) -> int:
+    """Rows like this one, in fp32, that CPU cores go over again and again while they are in a cache; on a GPU all there are.
+
+    Several threads wait for each other after every pass, so they get more to do between.
+    """
+    threads = torch.get_num_threads()
+    block_bytes = BLOCK_BYTES * (blocks if threads == 1 else 4 * threads)
+    return 1 << 30 if row.is_cuda else max(1, block_bytes // (4 * row.numel()))
 
 
 def _add_product(total_VE: Tensor, grad_logits_NV: Tensor, hidden_NE: Tensor, first: bool) -> None:
@@ -142,8 +147,10 @@ def _add_product(total_VE: Tensor, grad_logits_NV: Tensor, hidden_NE: Tensor, fi
         else:
             torch.addmm(total_VE, grad_logits_NV.t(), hidden_NE, out_dtype=torch.float32, out=total_VE)
     else:  # no such product on CPUs and ROCm; by blocks, so that it is added while it is in the cache
-        for rows in _slices(len(total_VE), _rows_at_once(total_VE[0])):
-            product = grad_logits_NV[:, rows].t() @ hidden_NE
+        step = min(_rows_at_once(total_VE[0], blocks=8), len(total_VE))
+        block = torch.empty(step, total_VE.shape[1], dtype=hidden_NE.dtype, device=hidden_NE.device)
+        for rows in _slices(len(total_VE), step):
+            product = torch.mm(grad_logits_NV[:, rows].t(), hidden_NE, out=block[: rows.stop - rows.start])
             total_VE[rows].copy_(product) if first else total_VE[rows].add_(product)
 
 
@@ -151,25 +158,31 @@ def _softmax_torch(
     logits_NV: Tensor, labels_N: Tensor, losses_N: Tensor, ignore_index: int, z_loss: float, gradient: bool
 ) -> None:
     """What `_softmax_kernel` does, by blocks of rows that stay in a CPU's cache from the first pass to the last."""
-    scratch_NV = logits_NV if logits_NV.dtype == torch.float32 else None
-    step = _rows_at_once(logits_NV[0])
+    counted_N1 = (labels_N != ignore_index)[:, None]
+    labels_N1 = torch.where(counted_N1, labels_N[:, None].long(), 0)
+    at_label_N1, weight_N1 = logits_NV.gather(1, labels_N1).float(), counted_N1.float()
+    largest_N1, total_N1 = torch.empty_like(weight_N1), torch.empty_like(weight_N1)
+    step, scratch = min(_rows_at_once(logits_NV[0]), len(logits_NV)), None
+    if logits_NV.dtype != torch.float32:
+        scratch = torch.empty(step, logits_NV.shape[1], dtype=torch.float32, device=logits_NV.device)
     for rows in _slices(len(logits_NV), step):
-        logits, labels = logits_NV[rows], labels_N[rows, None].long()
-        counted = labels != ignore_index
-        labels = torch.where(counted, labels, 0)
-        if logits_NV.dtype == torch.float32:
-            x = logits
-        else:
-            scratch_NV = torch.empty(logits.shape, dtype=torch.float32, device=logits.device) if scratch_NV is None else scratch_NV
-            x = scratch_NV[: len(logits)].copy_(logits)
-        at_label, largest = x.gather(1, labels), x.amax(1, keepdim=True)
-        total = x.sub_(largest).exp_().sum(1, keepdim=True)
-        log_total = total.log() + largest
-        losses_N[rows] = torch.where(counted, log_total - at_label + z_loss * log_total.square(), 0.0)[:, 0]
+        logits = logits_NV[rows]
+        x = logits if scratch is None else scratch[: len(logits)].copy_(logits)
+        largest_N1[rows] = largest = x.amax(1, keepdim=True)
+        total_N1[rows] = total = x.sub_(largest).exp_().sum(1, keepdim=True)
         if gradient:
-            pull, p = 2 * z_loss * log_total, x.gather(1, labels) / total
-            factor, at_label = torch.where(counted, torch.cat([(1 + pull) / total, p - 1 + p * pull], 1), 0.0).split(1, 1)
-            logits.copy_(x.mul_(factor).scatter_(1, labels, at_label))
+            factor = weight_N1[rows] / total
+            x.mul_(factor if not z_loss else factor * (1 + 2 * z_loss * (total.log() + largest)))
+            if scratch is not None:
+                logits.copy_(x)
+    log_total_N1 = total_N1.log() + largest_N1
+    losses_N1 = log_total_N1 - at_label_N1 + z_loss * log_total_N1.square()
+    losses_N.copy_(torch.where(counted_N1, losses_N1, 0.0)[:, 0])
+    if gradient:
+        p_N1 = (at_label_N1 - largest_N1).exp() / total_N1
+        at_label_N1 = torch.where(counted_N1, p_N1 - 1 + p_N1 * (2 * z_loss * log_total_N1), 0.0)
+        # scatter_ would copy all of bf16 logits.
+        logits_NV[torch.arange(len(logits_NV), device=logits_NV.device), labels_N1[:, 0]] = at_label_N1[:, 0].to(logits_NV.dtype)
 
 
 def _softmax_triton(

@@ -283,7 +283,7 @@ def _check_kernels(config: RunConfig[Any], layout: Layout) -> None:
         model, tokens = config.model, config.run.micro_batch * config.data.seq
         if model.layers < 3:
             raise UserError(
-                f"run.precision = fp8 keeps the first and the last block in bf16, and model.layers = {model.layers} leaves no other; "
+                f"run.precision = fp8 keeps the first and the last block in bf16, and model.layers = {model.layers} leaves none; "
                 "set run.precision=bf16"
             )
         widths = {

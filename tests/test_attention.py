@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -146,7 +146,7 @@ def test_attention(mask, heads, kv_heads, backend):
     st.integers(1, 40), st.sampled_from([None, 1, 3, 8, 20]), st.lists(st.integers(1, 39), max_size=4), st.integers(1, 9),
     st.integers(1, 9), st.booleans(),
 )  # fmt: skip
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, phases=[Phase.explicit, Phase.generate])
 def test_blocks_at_every_edge(S, window, cuts, rows, keys, shared):
     """A block of queries whose keys begin a block too late, or rows at the end of the sequence that no block has."""
     bounds = [0, *sorted({c for c in cuts if c < S}), S]
