@@ -125,7 +125,7 @@ class _OnGpu(TorchFunctionMode):
     """Makes fake tensors say that they lie on a GPU, at an address as the allocator would give it (a multiple of 512)."""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function is torch.Tensor.is_cuda.__get__:
+        if function == torch.Tensor.is_cuda.__get__:
             return True
         if function is torch.Tensor.data_ptr:
             return 512 + args[0].storage_offset() * args[0].element_size()
