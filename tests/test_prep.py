@@ -277,7 +277,11 @@ def _alive(pid: str) -> bool:
 
 def test_killed_worker_is_one_clear_line(tmp_path, busy_job):
     """A worker killed for want of memory must end the job with a word on what to do, not with a traceback or a hang."""
-    temporary = next((tmp_path / "out").glob(".work/*/.*.bin.tmp"))
+    deadline = time.monotonic() + 20
+    while not (found := [*(tmp_path / "out").glob(".work/*/.*.bin.tmp")]):  # none between a worker's units
+        assert busy_job.poll() is None and time.monotonic() < deadline
+        time.sleep(0.005)
+    temporary = found[0]
     os.kill(int(temporary.name.split(".")[-3]), signal.SIGKILL)  # its name bears its writer's process id
     _, errors = busy_job.communicate(timeout=60)
     assert busy_job.returncode == 1
