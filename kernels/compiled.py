@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import triton
@@ -163,11 +164,11 @@ def compile_only(target: Target) -> Iterator[list[Launch]]:
         warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
         for op in OPDEFS.values():
             if op._namespace == "megaspark":
-                stack.enter_context(_replaced(op, "_abstract_fn", _on_gpu(op._init_fn)))
-        stack.enter_context(_replaced(triton.KernelInterface, "__getitem__", launch))
+                stack.enter_context(patch.object(op, "_abstract_fn", _on_gpu(op._init_fn)))
+        stack.enter_context(patch.object(triton.KernelInterface, "__getitem__", launch))
         stack.enter_context(triton.knobs.compilation.scope())
         triton.knobs.compilation.listener = lambda *, cache_hit, **_: hits.append(cache_hit)
-        stack.enter_context(_replaced(triton.runtime.driver, "_active", _Driver(target)))
+        stack.enter_context(patch.object(triton.runtime.driver, "_active", _Driver(target)))
         stack.enter_context(compiling_only())
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         stack.enter_context(_OnGpu())
@@ -182,16 +183,6 @@ def _on_gpu(function: Callable[..., Any]) -> Callable[..., Any]:
             return function(*args, **kwargs)
 
     return run
-
-
-@contextmanager
-def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    before = getattr(owner, name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        setattr(owner, name, before)
 
 
 def run_case(op: Callable[..., Any], case: Case, inputs: Inputs, backend: str = "triton") -> None:

@@ -18,6 +18,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from math import prod
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -175,26 +176,16 @@ def _counted_kernels(found: list[Traffic]) -> Iterator[None]:
     with ExitStack() as stack:
         replacements = {"create_masked_load": load, "create_masked_store": store, "create_atomic_rmw": atomic, "create_dot": dot}
         for name, replacement in replacements.items():
-            stack.enter_context(_replaced(builder, name, replacement))
-        stack.enter_context(_replaced(upstream.InterpretedFunction, "run", run))
+            stack.enter_context(patch.object(builder, name, replacement))
+        stack.enter_context(patch.object(upstream.InterpretedFunction, "run", run))
         # It copies every argument back to its device: on the CPU onto itself.
-        stack.enter_context(_replaced(upstream.GridExecutor, "_restore_args_dev", lambda *_: None))
+        stack.enter_context(patch.object(upstream.GridExecutor, "_restore_args_dev", lambda *_: None))
         yield
 
 
 def _bytes(ptrs: Any, mask: Any) -> int:
     element_bytes = max(1, ptrs.get_element_ty().primitive_bitwidth // 8)
     return int(np.count_nonzero(np.broadcast_to(mask.data, np.shape(ptrs.data)))) * element_bytes
-
-
-@contextmanager
-def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    before = getattr(owner, name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        setattr(owner, name, before)
 
 
 # ---- torch's operations
@@ -308,7 +299,7 @@ def inductor_bytes(function: Callable[..., Any], case: Case) -> tuple[int, int]:
     compiled = aot_function(
         on_tensors, count, count, partition_fn=min_cut_rematerialization_partition, decompositions=select_decomp_table()
     )
-    with _replaced(torch.compiler, "is_compiling", lambda: True):  # a reference may be written differently for torch.compile
+    with patch.object(torch.compiler, "is_compiling", lambda: True):  # a reference may be written differently for torch.compile
         outputs = [out for out in tree_leaves(compiled(*tensors)) if isinstance(out, Tensor) and out.requires_grad]
         if leaves and outputs:
             torch.autograd.grad(outputs, leaves, [torch.empty_like(out) for out in outputs], allow_unused=True)

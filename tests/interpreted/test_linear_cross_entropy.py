@@ -52,11 +52,11 @@ def test_against_fp64(dtype, z_loss, monkeypatch):
 @given(st.integers(1, 12), st.sampled_from([1, 2, 15, 16, 17, 31, 32, 33, 48, 50]), st.integers(1, 12), st.sampled_from([0.0, 0.5]))
 @settings(max_examples=25, deadline=None)
 def test_sizes(tokens, vocab, chunk, ignored):
-    """The edges of blocks, of chunks and of the batch; at four times torch's error: a chunk a token rounds once more each."""
+    """The edges of blocks, of chunks and of the batch; at four times torch's error where sums over chunks round again."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(module.CHUNK_BYTES, "cpu", chunk * vocab * 4)
         given = inputs(tokens, 8, vocab, ignored, seed=tokens)
-        check(op, linear_cross_entropy_reference, torch.float32, factor=4.0, **given, z_loss=0.01)
+        check(op, linear_cross_entropy_reference, torch.float32, factor=4.0 if chunk < tokens else 2.0, **given, z_loss=0.01)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
