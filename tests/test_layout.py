@@ -23,7 +23,7 @@ LAYERS = (
     "pretrain __main__",
     "cli tools/*",
     "train",
-    "recorders",
+    "recorders guards",
     "engine data_prep/run data_prep/dedup",
     "data_prep/dry_run",
     "checkpoint config data_prep/outputs data_prep/dedup_jobs",
@@ -43,13 +43,14 @@ LAYERS = (
     "permutations shards",
     "hf_tokenizers",
     "manifests settings",
-    "ranks flops energy",
+    "rank_logs launchers",
+    "ranks signals watchdogs flops energy",
     "errors __init__",
 )
 # Neither these nor data_prep may need torch: a data job on a head node starts in a blink.
 WITHOUT_TORCH = (
     "shards", "manifests", "settings", "samples", "packing", "permutations", "overlaps",
-    "ranks", "flops", "errors", "cli", "__init__", "data_prep/*",
+    "ranks", "launchers", "signals", "watchdogs", "rank_logs", "guards", "flops", "errors", "cli", "__init__", "data_prep/*",
 )
 HEAVY = {"torch", "deepspeed", "transformers"}
 
