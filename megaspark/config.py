@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -125,6 +126,7 @@ class Run(Section):
     resume: Literal["auto", "required", "never"] = "auto"
     init_from: str | None = Field(None, description="a checkpoint or run folder whose weights step 0 starts from")
     stop_after: int | None = Field(None, gt=0, description="end early at this step, with a checkpoint")
+    hang_after_s: float = Field(600.0, ge=0, description="a step that lasts longer ends the run, with stacks; 0 = never")
 
 
 ModelT = TypeVar("ModelT", bound=Section)
@@ -351,6 +353,8 @@ def _check_disk(config: RunConfig[Any]) -> None:
         folder = folder.parent
     if not folder.is_dir():
         raise UserError(f"run.dir: {folder} is a file, not a folder")
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"run.dir: you may not write into {folder}; set run.dir to a folder of yours")
     count = parameters(config.model.shape, tied=config.model.tie_embeddings)
     need, free = count * CHECKPOINT_BYTES_PER_PARAMETER, shutil.disk_usage(folder).free
     if need > free:

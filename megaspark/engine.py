@@ -7,16 +7,15 @@ starts from the same bf16 bits under every ZeRO stage.
 from __future__ import annotations
 
 import os
-import socket
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from megaspark import fragments
+from megaspark import fragments, launchers
 from megaspark.allocators import keep_pages
 from megaspark.batches import Batch
 from megaspark.config import Checked
@@ -28,10 +27,14 @@ from megaspark.ranks import Ranks, threads_per_process
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one optimizer step tells: the mean loss over all its tokens and the gradient's norm before clipping."""
+    """What one optimizer step tells: the mean loss over all its tokens, the gradient's norm before clipping, and `asked`.
+
+    asked: what the processes brought to be summed along, the same on all of them.
+    """
 
     loss: float
     grad_norm: float
+    asked: tuple[float, ...] = ()
 
 
 class Engine:
@@ -40,7 +43,7 @@ class Engine:
     def __init__(self, checked: Checked, ranks: Ranks) -> None:
         config = checked.config
         self.documents = config.data.document_mask
-        self.device = _start(ranks)
+        self.device = join(ranks)
         # Without ZeRO and in fp32 there is no wrapper around the optimizer, and nobody else keeps the gradient's norm.
         self.plain = checked.layout.stage == 0 and config.run.precision == "fp32"
         import deepspeed  # after the accelerator was settled; takes seconds
@@ -58,8 +61,11 @@ class Engine:
         fragments.discard_build_step(self.deepspeed)
         fragments.prepare(self.deepspeed)
 
-    def step(self, batches: Iterable[Batch], lr: float) -> StepResult:
-        """One optimizer step at rate `lr` over this process's micro-batches (their number is the accumulation)."""
+    def step(self, batches: Iterable[Batch], lr: float, asked: Callable[[], Sequence[float]] = tuple) -> StepResult:
+        """One optimizer step at rate `lr` over this process's micro-batches (their number is the accumulation).
+
+        asked: called at the end of the step; its numbers are summed over all processes together with the loss.
+        """
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = lr
         self.deepspeed.train()
@@ -71,13 +77,14 @@ class Engine:
                 norm = torch.nn.utils.get_total_norm([p.grad for p in self.deepspeed.module.parameters() if p.grad is not None])
             self.deepspeed.step()
             losses.append(loss.detach())
-        return StepResult(self._mean(losses), float(self.deepspeed.get_global_grad_norm() if norm is None else norm))
+        loss, *sums = self._mean(losses, asked())
+        return StepResult(loss, float(self.deepspeed.get_global_grad_norm() if norm is None else norm), tuple(sums))
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Batch]) -> float:
         """The mean loss over everybody's micro-batches; every process must bring equally many."""
         self.deepspeed.eval()
-        return self._mean([self._loss(batch) for batch in batches])
+        return self._mean([self._loss(batch) for batch in batches])[0]
 
     def gather(self, value: Any) -> list[Any]:
         """Every process's `value`, on every process, in order of rank."""
@@ -87,9 +94,7 @@ class Engine:
 
     def total(self, value: float) -> float:
         """The sum of every process's `value`; NaN if one is."""
-        summed = torch.tensor(value, dtype=torch.float64, device=self.device)
-        torch.distributed.all_reduce(summed)
-        return summed.item()
+        return self._totals([value])[0]
 
     def wait_for_all(self) -> None:
         """Returns when every process has come here: after it, one may end without disturbing the others."""
@@ -99,9 +104,16 @@ class Engine:
         tensors = [None if t is None else t.to(self.device, non_blocking=True) for t in batch]
         return self.deepspeed(tensors[0], tensors[2], tensors[1])
 
-    def _mean(self, losses: list[torch.Tensor]) -> float:
+    def _mean(self, losses: list[torch.Tensor], also: Sequence[float] = ()) -> list[float]:
+        """The mean loss over all processes, and the sums of what each brings besides."""
         # Equal numbers of tokens everywhere: the mean of means is the mean. Summed in fp64, so the order hardly matters.
-        return self.total(torch.stack(losses).double().mean().item()) / torch.distributed.get_world_size()
+        loss, *sums = self._totals([torch.stack(losses).double().mean().item(), *also])
+        return [loss / torch.distributed.get_world_size(), *sums]
+
+    def _totals(self, values: list[float]) -> list[float]:
+        summed = torch.tensor(values, dtype=torch.float64, device=self.device)
+        torch.distributed.all_reduce(summed)
+        return summed.tolist()
 
 
 def build_model(config: Any, seed: int, execution: Execution) -> nn.Module:
@@ -124,8 +136,8 @@ def settle_accelerator() -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
-def _start(ranks: Ranks) -> torch.device:
-    """Joins the process group (NCCL on CUDA, gloo on CPU) and returns this process's device."""
+def join(ranks: Ranks) -> torch.device:
+    """Joins the process group (NCCL on CUDA, gloo on CPU), if it has not yet, and returns this process's device."""
     if torch.cuda.is_available():
         device = torch.device("cuda", ranks.local_rank)
         torch.cuda.set_device(device)
@@ -133,17 +145,10 @@ def _start(ranks: Ranks) -> torch.device:
         device = torch.device("cpu")
         keep_pages()
         torch.set_num_threads(threads_per_process(ranks))
-    if "MASTER_ADDR" not in os.environ:  # started without a launcher
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()), RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
+    launchers.complete_environment(ranks)
     import deepspeed.ops
 
     # Its first use would compile C++ for minutes, and a build killed half-way leaves a lock that hangs every later run.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo", verbose=False)
     return device
-
-
-def _free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]

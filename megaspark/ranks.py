@@ -10,6 +10,15 @@ from dataclasses import dataclass
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
+# What launchers say of a process: its rank, how many there are, and both on its host. The first that says the number decides;
+# Slurm's are those of a step, which srun sets: in a batch script itself, SLURM_NTASKS counts processes that are not there.
+VARIABLES = (
+    ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),  # torchrun
+    ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE"),  # DeepSpeed's launch.py
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),  # Open MPI
+    ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE"),  # srun
+)
+
 
 @dataclass(frozen=True)
 class Ranks:
@@ -22,10 +31,13 @@ class Ranks:
 
     @classmethod
     def from_environment(cls) -> Ranks:
-        """Reads RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE (DeepSpeed's launcher: LOCAL_SIZE); else one process."""
-        world = int(os.environ.get("WORLD_SIZE", 1))
-        local_world = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world
-        return cls(int(os.environ.get("RANK", 0)), world, int(os.environ.get("LOCAL_RANK", 0)), int(local_world))
+        """Reads what torchrun, DeepSpeed's launcher, Open MPI or srun say in the environment; else one process."""
+        said = [row for row in VARIABLES if os.environ.get(row[1])]
+        rows = [row for row in said if row[1] == said[0][1]] or [VARIABLES[0]]
+        rank, world, local_rank, local_world = next((row for row in rows if os.environ.get(row[3])), rows[0])
+        count = int(os.environ.get(world) or 1)
+        here = (os.environ.get(local_world) or str(count)).partition("(")[0].partition(",")[0]  # Slurm: "8(x2)", or "8,7"
+        return cls(int(os.environ.get(rank, 0)), count, int(os.environ.get(local_rank, 0)), int(here))
 
     @property
     def first(self) -> bool:

@@ -10,25 +10,29 @@ import argparse
 import json
 import os
 import sys
+import traceback
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from megaspark import __version__, checkpoint, fragments, settings
 from megaspark.batches import Batches
 from megaspark.checkpoint import Checkpoint
 from megaspark.config import Checked, RunConfig, check_run, load_config
-from megaspark.engine import Engine, parameter_shapes, settle_accelerator
+from megaspark.engine import Engine, join, parameter_shapes, settle_accelerator
 from megaspark.errors import UserError
+from megaspark.guards import Guard, claim
 from megaspark.models import differing
 from megaspark.optim import CosineSchedule
 from megaspark.ranks import Ranks
 from megaspark.recorders import Recorder
 from megaspark.samples import Phase, Samples, changed_past, unigram_entropy
 from megaspark.shards import TokenDataset
+from megaspark.signals import INTERRUPTED, Told
 
 DEMO = "llama-demo.yaml"
 
@@ -40,13 +44,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     settle_accelerator()
     config, tree = load_config(args.config, args.overrides)
     checked = check_run(config, tree, ranks.world)
-    start = find_start(checked, say=ranks.first)
-    weights = None if start else find_weights(checked, say=ranks.first)
-    status = train(checked, ranks, start, weights)
+    start = agree_on_start(checked, ranks)
+    try:
+        weights = None if start else find_weights(checked, say=ranks.first)
+        status = train(checked, ranks, start, weights)
+    except (Exception, KeyboardInterrupt) as error:
+        if isinstance(error, UserError):
+            raise
+        traceback.print_exc()
+        status = INTERRUPTED if isinstance(error, KeyboardInterrupt) else 1
     sys.stdout.flush()
     sys.stderr.flush()
     # Not by way of Python's shutdown: once, when it still was, a process of a finished run aborted on its way out (exit status
     # -6, "terminate called without an active exception"), and the launcher called the run failed. The cause was not found.
+    # And after an error it could wait for ever for what the other processes do not send any more.
     os._exit(status)
 
 
@@ -74,6 +85,17 @@ def train(checked: Checked, ranks: Ranks, start: Checkpoint | None, weights: Che
     if step >= end:
         _say(ranks, f"{folder} is at step {step} of {end} already: nothing to do")
         return 0
+    with Guard(folder, ranks, run.hang_after_s) as guard:
+        return _train(checked, ranks, start, weights, guard, end)
+
+
+def _train(
+    checked: Checked, ranks: Ranks, start: Checkpoint | None, weights: Checkpoint | None, guard: Guard, end: int
+) -> int:
+    """The run proper, watched by `guard`; the folder is there."""
+    config, run = checked.config, checked.config.run
+    folder = config.folder
+    step, taken = (start.step, int(start.state["samples"])) if start else (0, 0)
     engine = Engine(checked, ranks)
     if start:
         _restore(engine, start, ranks)
@@ -87,25 +109,60 @@ def train(checked: Checked, ranks: Ranks, start: Checkpoint | None, weights: Che
         _say(ranks, f"at sample {first:,} the cut changes: {count:,} samples of {name} are left out of its epoch")
     schedule = CosineSchedule(config.optim.lr, config.optim.min_lr, config.optim.warmup_steps, run.steps)
     recorder = Recorder(checked, ranks, engine, step, end)
-    saved = True
-    while step < end:
+    first_step, saved, told = step, True, Told()
+    while step < end and not told.stop:
         lr = schedule(step)
-        recorder.use_seq(samples.phase(taken).seq)
-        result = engine.step(batches.step(taken, run.global_batch), lr)
+        phase = samples.phase(taken)
+        recorder.use_seq(phase.seq)
+        guard.at(f"step {step + 1}", slow=step == first_step or phase.first_sample == taken)  # new lengths are compiled anew
+        result = engine.step(batches.step(taken, run.global_batch), lr, guard.requests.pending)
+        told = guard.requests.heard(result.asked)
         step, taken = step + 1, taken + run.global_batch
         recorder.step(step, samples.tokens_before(taken), result.loss, lr, result.grad_norm)
         if held_out and run.eval_every and (step % run.eval_every == 0 or step == run.steps):
+            guard.at(f"the evaluation after step {step}", slow=True)
             loss = engine.evaluate(held_out.step(0, run.eval_batches * run.global_batch))
             recorder.evaluation(step, samples.tokens_before(taken), loss)
-        if step == end or (run.save_every and step % run.save_every == 0):
+        if told.save or told.stop:
+            _say(ranks, f"told by a signal to save{' and stop' if told.stop else ''}: at step {step}")
+        if step == end or told.save or told.stop or (run.save_every and step % run.save_every == 0):
+            guard.at(f"the save of step {step}", slow=True)
             saved = _save(checked, engine, ranks, step, taken, samples.tokens_before(taken))
             recorder.pause_over()
+    guard.at(f"the end at step {step}", slow=True)
     recorder.close()
     engine.wait_for_all()
-    _say(ranks, f"{folder}: done at step {step}, {samples.tokens_before(taken):,} tokens")
+    done = f"{'done' if step == end else 'stopped'} at step {step}, {samples.tokens_before(taken):,} tokens"
+    _say(ranks, f"{folder}: {done}")
     if not saved:
         _say(ranks, f"{folder}: the last checkpoint could not be written, see above")
-    return 0 if saved else 1
+    guard.log.say(done if saved else f"{done}; the last checkpoint could not be written")
+    return (told.status if step < end else 0) if saved else 1
+
+
+def agree_on_start(checked: Checked, ranks: Ranks) -> Checkpoint | None:
+    """What the first process finds to start from (`find_start`), for all of them.
+
+    Each for itself, they could find different things: a run that was told to stop may be saving still, which the first waits for.
+    """
+    found: list[str | None] = [None, None]
+    if ranks.world > 1:
+        join(ranks)
+    if ranks.first:
+        try:
+            claim(checked.config.folder)
+            start = find_start(checked, say=True)
+            found = [None, str(start.folder) if start else None]
+        except UserError as error:
+            found = [str(error), None]
+    if ranks.world > 1:
+        torch.distributed.broadcast_object_list(found)
+    problem, folder = found
+    if problem is not None:
+        if ranks.world > 1:
+            torch.distributed.destroy_process_group()
+        raise UserError(problem)
+    return Checkpoint(Path(folder)) if folder else None
 
 
 def find_start(checked: Checked, say: bool) -> Checkpoint | None:
@@ -248,6 +305,7 @@ def _open_folder(checked: Checked) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     text = yaml.safe_dump(config.resolved(), sort_keys=False)
     (folder / "config.yaml").write_text(f"# resolved by megaspark {__version__}; sha256 {config_hash(config)}\n{text}")
+    claim(folder, wait_s=0)  # of a folder that is there already it was taken before
     facts = {
         "train": {name: {"folder": str(d.folder), "tokens": d.tokens} for name, d in checked.train.items()},
         "data_sha256": data_digest(checked.train),

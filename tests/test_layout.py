@@ -26,7 +26,7 @@ LAYERS = (
     "posttrained_folders",
     "posttraining",
     "train",
-    "recorders",
+    "recorders guards",
     "engine scorers data_prep/run data_prep/dedup",
     "data_prep/dry_run",
     "checkpoint config proofs gguf_files data_prep/outputs data_prep/dedup_jobs",
@@ -46,13 +46,14 @@ LAYERS = (
     "permutations shards",
     "hf_tokenizers output_folders text_bytes harness_tasks code_tasks completions example_files",
     "manifests settings",
-    "ranks flops energy allocators gguf_readers sandboxes confinements",
+    "rank_logs launchers",
+    "ranks signals watchdogs flops energy allocators gguf_readers sandboxes confinements",
     "errors __init__",
 )
 # Neither these nor data_prep may need torch: a data job on a head node starts in a blink.
 WITHOUT_TORCH = (
     "shards", "manifests", "settings", "samples", "packing", "permutations", "overlaps",
-    "ranks", "flops", "errors", "cli", "__init__", "data_prep/*",
+    "ranks", "launchers", "signals", "watchdogs", "rank_logs", "guards", "flops", "errors", "cli", "__init__", "data_prep/*",
 )
 HEAVY = {"torch", "deepspeed", "transformers"}
 

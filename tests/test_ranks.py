@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from conftest import process_environment
-from megaspark.ranks import Ranks, threads_per_process
+from megaspark.ranks import VARIABLES, Ranks, threads_per_process
 
-VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "OMP_NUM_THREADS")
+NAMES = {"OMP_NUM_THREADS", *(name for row in VARIABLES for name in row)}
 
 
 @pytest.mark.parametrize(
@@ -22,11 +22,25 @@ VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE
         ({"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}, Ranks(5, 8, 1, 4)),  # torchrun
         ({"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_SIZE": "4"}, Ranks(5, 8, 1, 4)),  # deepspeed
         ({"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}, Ranks(1, 2, 1, 2)),  # by hand, on one host
+        (
+            {f"OMPI_COMM_WORLD_{name}": n for name, n in (("RANK", "3"), ("SIZE", "4"), ("LOCAL_RANK", "1"), ("LOCAL_SIZE", "2"))},
+            Ranks(3, 4, 1, 2),
+        ),
+        (
+            {"SLURM_PROCID": "9", "SLURM_STEP_NUM_TASKS": "16", "SLURM_LOCALID": "1", "SLURM_STEP_TASKS_PER_NODE": "8(x2)"},
+            Ranks(9, 16, 1, 8),
+        ),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "16", "SLURM_LOCALID": "0"}, Ranks(0, 1, 0, 1)),  # the batch script itself
+        (  # deepspeed --no_ssh in a step of Slurm's: what is nearer counts
+            {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_SIZE": "2", "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "2",
+             "SLURM_LOCALID": "0", "SLURM_STEP_TASKS_PER_NODE": "1(x2)"},
+            Ranks(1, 4, 1, 2),
+        ),
     ],
 )
 def test_launchers_variables(monkeypatch, environment, expected):
     """A launcher whose variables are not known makes every process think that it is alone, and write for all."""
-    for name in VARIABLES:
+    for name in NAMES:
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
