@@ -26,7 +26,7 @@ from megaspark.errors import UserError
 from megaspark.hf_tokenizers import adversarial_texts
 from megaspark.models import ARCHITECTURES, architecture, architecture_of_hf, differing
 from megaspark.samples import Samples
-from megaspark.train import find_start, find_weights
+from megaspark.starts import find_start, find_weights
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 SHAPES: dict[str, dict[str, Any]] = {

@@ -26,6 +26,7 @@ LAYERS = (
     "posttrained_folders",
     "posttraining",
     "train",
+    "starts",
     "recorders guards",
     "engine scorers data_prep/run data_prep/dedup",
     "data_prep/dry_run",
