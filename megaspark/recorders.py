@@ -38,7 +38,7 @@ class Recorder:
         source = self.energy.source if self.energy else None
         print(
             f"{config.run.name}: {parameters(config.model.shape, config.model.tie_embeddings):,} parameters, "
-            f"{ranks.world} x {name}, {config.run.precision}, ZeRO {layout.stage}, accumulation {layout.accumulation}, "
+            f"{ranks.world} x {name}, {config.run.precision}, {layout.words()}, accumulation {layout.accumulation}, "
             f"{self.step_tokens:,} tokens a step, steps {step} to {end}; energy: {source or 'not measured'}"
         )
         if dropped:

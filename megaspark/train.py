@@ -168,8 +168,9 @@ def _open_folder(checked: Checked) -> None:
 
 
 def _batches(checked: Checked, samples: Samples, ranks: Ranks) -> Batches:
+    place = checked.layout.place(ranks.rank)
     eos_id = samples.datasets[0].eos_id if checked.config.data.document_mask else None
-    return Batches(samples.__getitem__, eos_id, checked.config.run.micro_batch, ranks.rank, checked.layout.data_parallel)
+    return Batches(samples.__getitem__, eos_id, checked.config.run.micro_batch, place.data, checked.layout.data_parallel)
 
 
 def _restore(engine: Engine, start: Checkpoint, ranks: Ranks) -> None:
@@ -192,12 +193,10 @@ def _save(checked: Checked, engine: Engine, ranks: Ranks, step: int, taken: int,
         "config": config.resolved(),
         "config_sha256": config_hash(config),
         "tokenizer": {"path": str(tokenizer[0].resolve()), "sha256": tokenizer[1], "prepend_bos": prepend_bos},
-        "written_by": f"megaspark {__version__}, {checked.layout.world} processes, ZeRO {checked.layout.stage}",
+        "written_by": f"megaspark {__version__}, {checked.layout.world} processes, {checked.layout.words()}",
     }
-    everywhere = fragments.whole(engine.deepspeed)
-    held = [] if everywhere and not ranks.first else fragments.fragments(engine.deepspeed)
     target = checkpoint.step_folder(config.folder, step)
-    problem = checkpoint.save(target, state, held, ranks.rank, engine.gather)
+    problem = checkpoint.save(target, state, engine.owned(), ranks.rank, engine.gather)
     if problem is None and ranks.first:
         checkpoint.note_latest(config.folder, target)
         checkpoint.prune(config.folder, config.run.keep_last)

@@ -7,6 +7,7 @@ in turn, so that the seconds that DeepSpeed's import takes are paid once.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -40,6 +41,7 @@ def worker(cases_file: Path, results_file: Path) -> None:
     results = {case["name"]: run_case(case, ranks) for case in json.loads(cases_file.read_text())}
     if ranks.first:
         results_file.write_text(json.dumps(results))
+    os._exit(0)  # as a run ends, see train.main
 
 
 def run_case(case: dict[str, Any], ranks: Any) -> dict[str, Any]:
@@ -88,19 +90,23 @@ def batches_of(checked: Any, ranks: Any) -> tuple[Any, Any, Any]:
     for datasets in (checked.train, checked.validation):
         samples = Samples(datasets, data.seq, run.seed)
         eos_id = next(iter(datasets.values())).eos_id
-        both.append(Batches(samples.__getitem__, eos_id, run.micro_batch, ranks.rank, checked.layout.data_parallel))
+        place = checked.layout.place(ranks.rank)
+        both.append(Batches(samples.__getitem__, eos_id, run.micro_batch, place.data, checked.layout.data_parallel))
     return *both, CosineSchedule(optim.lr, optim.min_lr, optim.warmup_steps, run.steps)
 
 
 def is_pristine(engine: Any, config: Any) -> bool:
     """Whether this process's masters are the model's first weights, in its precision, with moments and steps at zero."""
-    from megaspark.engine import build_model
     from megaspark.fragments import MOMENTS, fragments
+    from megaspark.weights import build_model
 
     dtype = torch.bfloat16 if config.run.precision == "bf16" else torch.float32
-    weights = dict(build_model(config.model, config.run.seed, config.execution).to(dtype).named_parameters())
+    weights = dict(build_model(config.model, config.run.seed).to(dtype).named_parameters())
     for fragment in fragments(engine.deepspeed):
-        expected = weights[fragment.name].detach().flatten()[fragment.start : fragment.start + fragment.length].float()
+        whole = weights[fragment.name].detach().float()
+        first, count = fragment.columns or (0, whole.shape[-1])
+        held = whole[..., first : first + count].flatten() if fragment.columns else whole.flatten()
+        expected = held[fragment.start : fragment.start + fragment.length]
         moments = [fragment.tensors[kind] for kind in MOMENTS]
         if not torch.equal(fragment.tensors["master"].float(), expected) or any(moment.any() for moment in moments):
             return False
@@ -124,10 +130,9 @@ def counted_steps(engine: Any) -> Iterator[float]:
 
 def save(engine: Any, folder: Path, step: int, ranks: Any) -> None:
     """As the training loop saves: where everybody holds the same, the first writes it."""
-    from megaspark import checkpoint, fragments
+    from megaspark import checkpoint
 
-    held = [] if fragments.whole(engine.deepspeed) and not ranks.first else fragments.fragments(engine.deepspeed)
-    problem = checkpoint.save(folder, {"step": step}, held, ranks.rank, engine.gather)
+    problem = checkpoint.save(folder, {"step": step}, engine.owned(), ranks.rank, engine.gather)
     assert problem is None, problem
 
 
@@ -147,7 +152,7 @@ def restore(engine: Any, found: Any, forget: str | None) -> bool:
     same = True
     for fragment in fragments.fragments(engine.deepspeed):
         for kind in fragments.STATE:
-            expected = found.read(fragment.name, kind, fragment.start, fragment.length)
+            expected = found.read(fragment.name, kind, fragment.start, fragment.length, fragment.columns)
             same &= torch.equal(fragment.tensors[kind].view(torch.int32), expected.view(torch.int32))
     return all(engine.gather(same))
 
@@ -238,9 +243,9 @@ def resumed(launch, home, config, fresh) -> dict[str, dict[str, Any]]:
 def plain_torch(config_file: str, overrides: list[str], steps: int) -> tuple[list[float], list[float]]:
     """The same run as a dozen lines of torch: one process, the whole batch at once. Losses and gradient norms."""
     from megaspark.config import check_run, load_config
-    from megaspark.engine import build_model
     from megaspark.optim import adamw
     from megaspark.ranks import Ranks
+    from megaspark.weights import build_model
 
     config, tree = load_config(config_file, [*overrides, "run.micro_batch=1"])
     train, _, schedule = batches_of(check_run(config, tree, 1), Ranks())
