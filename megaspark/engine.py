@@ -1,4 +1,4 @@
-"""A checked run becomes a DeepSpeed engine behind one face: step(batches) -> loss, evaluate(batches) -> loss.
+"""A checked run becomes a DeepSpeed engine behind one face: step(batches) -> loss, evaluate(batches) -> losses.
 
 Weights start from (seed, name) in every layout; the fp32 master starts from what the model computes with, so a bf16 run
 starts from the same bf16 bits under every ZeRO stage.
@@ -81,10 +81,16 @@ class Engine:
         return StepResult(loss, float(self.deepspeed.get_global_grad_norm() if norm is None else norm), tuple(sums))
 
     @torch.no_grad()
-    def evaluate(self, batches: Iterable[Batch]) -> float:
-        """The mean loss over everybody's micro-batches; every process must bring equally many."""
+    def evaluate(self, batches: Iterable[Batch]) -> list[float]:
+        """The mean loss of each of everybody's micro-batches: the first one of every process, then the second of every one.
+
+        Every process must bring equally many. A micro-batch none of whose labels count has a loss of 0.
+        """
         self.deepspeed.eval()
-        return self._mean([self._loss(batch) for batch in batches])[0]
+        losses_N = torch.stack([self._loss(batch).float() for batch in batches])
+        everybody = [torch.empty_like(losses_N) for _ in range(torch.distributed.get_world_size())]
+        torch.distributed.all_gather(everybody, losses_N)
+        return torch.stack(everybody, dim=1).flatten().tolist()
 
     def gather(self, value: Any) -> list[Any]:
         """Every process's `value`, on every process, in order of rank."""
