@@ -168,12 +168,15 @@ def test_tensorboard_holds_the_resumed_curve_once(tmp_path):
     log.keep_until(3)
     for step in (4, 5, 6):
         log.write(line_of(step, loss=10.0 * step))
+    log.write({"step": 6, "tokens": 6000, "split": "validation/a", "loss": 8.0, "bits_per_byte": None, "samples": 3})
     log.write({"step": 6, "tokens": 6000, "split": "validation", "loss": 7.0})
     log.close()
     events = EventAccumulator(str(tmp_path))
     events.Reload()
     assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(1, 1), (2, 2), (3, 3), (4, 40), (5, 50), (6, 60)]
     assert [(e.step, e.value) for e in events.Scalars("validation/loss")] == [(6, 7)]
+    assert [(e.step, e.value) for e in events.Scalars("validation/a/loss")] == [(6, 8)]
+    assert "validation/a/bits_per_byte" not in events.Tags()["scalars"]
     assert "train/step" not in events.Tags()["scalars"]
 
 
