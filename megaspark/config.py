@@ -118,7 +118,7 @@ class Run(Section):
     save_every: int = Field(1000, ge=0, description="steps between checkpoints; 0 = only the last")
     keep_last: int = Field(2, ge=0, description="checkpoints kept; 0 = all")
     eval_every: int = Field(1000, ge=0, description="steps between evaluations; 0 = never")
-    eval_batches: int = Field(4, gt=0, description="global batches of validation samples in one evaluation")
+    eval_batches: int = Field(4, gt=0, description="global batches of samples of each validation dataset in one evaluation")
     resume: Literal["auto", "required", "never"] = "auto"
     init_from: str | None = Field(None, description="a checkpoint or run folder whose weights step 0 starts from")
     stop_after: int | None = Field(None, gt=0, description="end early at this step, with a checkpoint")

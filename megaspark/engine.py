@@ -1,4 +1,4 @@
-"""A checked run becomes a DeepSpeed engine behind one face: step(batches) -> loss, evaluate(batches) -> loss.
+"""A checked run becomes a DeepSpeed engine behind one face: step(batches) -> loss, evaluate(batches) -> losses.
 
 Weights start from (seed, name) in every layout; the fp32 master starts from what the model computes with, so a bf16 run
 starts from the same bf16 bits under every ZeRO stage.
@@ -22,6 +22,7 @@ from megaspark.config import Checked
 from megaspark.fragments import Fragment
 from megaspark.groups import Group, Groups
 from megaspark.layouts import Layout, Place
+from megaspark.models.blocks import IGNORED
 from megaspark.optim import adamw
 from megaspark.ranks import Ranks, threads_per_process
 from megaspark.weights import fill, make_model, parts
@@ -121,14 +122,31 @@ class Engine:
         return StepResult(loss, float(self.norm if self.plain else self.deepspeed.get_global_grad_norm()), tuple(sums))
 
     @torch.no_grad()
-    def evaluate(self, batches: Iterable[Batch]) -> float:
-        """The mean loss over everybody's micro-batches; every process must bring equally many."""
+    def evaluate(self, batches: Iterable[Batch]) -> list[float]:
+        """The mean loss of each of everybody's micro-batches: the first one of every process, then the second of every one.
+
+        Every process must bring equally many. A micro-batch none of whose labels count has a loss of 0.
+        """
         self.deepspeed.eval()
-        if self.layout.pipeline == 1:
-            return self._mean([self._loss(batch) for batch in batches])[0]
         batches = list(batches)
-        self.deepspeed.eval_batch(self._flows(batches), reduce_output=None, bcast_loss=False, num_micro_batches=len(batches))
-        return self._mean(self.deepspeed.fwd_outputs)[0]
+        if self.layout.pipeline == 1:
+            losses = [self._loss(batch) for batch in batches]
+        else:
+            flows = self._flows(batches)
+            self.deepspeed.eval_batch(flows, reduce_output=None, bcast_loss=False, num_micro_batches=len(batches))
+            losses = self.deepspeed.fwd_outputs
+        sums = torch.zeros(len(batches), 2, dtype=torch.float64, device=self.device)  # nats, and the tokens that have a label
+        if self._speaks:
+            counts = [(self._mine(batch).labels_BS != IGNORED).sum() for batch in batches]
+            sums[:, 1] = torch.stack(counts)
+            sums[:, 0] = torch.stack(losses).double() * sums[:, 1]
+        everybody = [torch.empty_like(sums) for _ in range(self.layout.world)]
+        torch.distributed.all_gather(everybody, sums)
+        whole = torch.zeros(len(batches), self.layout.data_parallel, 2, dtype=torch.float64, device=self.device)
+        for rank, theirs in enumerate(everybody):
+            whole[:, self.layout.place(rank).data] += theirs
+        nats, tokens = whole.flatten(0, 1).unbind(1)
+        return torch.where(tokens > 0, nats / tokens, 0.0).tolist()
 
     def owned(self) -> Iterator[Fragment]:
         """The pieces of fp32 state that this process has to save: of those that several hold, one speaks for all."""
@@ -148,6 +166,11 @@ class Engine:
     def wait_for_all(self) -> None:
         """Returns when every process has come here: after it, one may end without disturbing the others."""
         torch.distributed.barrier()
+
+    @property
+    def _speaks(self) -> bool:
+        """Whether this process has losses, and is the one to speak for those that have the same."""
+        return self.place.pipeline == self.layout.pipeline - 1 and self.place.tensor == 0
 
     def _mine(self, batch: Batch) -> Batch:
         """On the device, the tokens and labels of this process's part of the sequence, and the positions of all of it."""
@@ -190,8 +213,7 @@ class Engine:
     def _mean(self, losses: list[torch.Tensor], also: Sequence[float] = ()) -> list[float]:
         """The mean loss over all processes that have one, and the sums of what each process brings besides."""
         # Equal numbers of tokens everywhere: the mean of means is the mean. Summed in fp64, so the order hardly matters.
-        speaks = self.place.pipeline == self.layout.pipeline - 1 and self.place.tensor == 0
-        mine = torch.stack(losses).double().mean().item() if speaks else 0.0
+        mine = torch.stack(losses).double().mean().item() if self._speaks else 0.0
         loss, *sums = self._totals([mine, *also])
         return [loss / self.layout.replicas, *sums]
 

@@ -31,7 +31,7 @@ LAYERS = (
     "engine scorers data_prep/run data_prep/dedup",
     "data_prep/dry_run",
     "pipelines",
-    "checkpoint config weights proofs gguf_files data_prep/outputs data_prep/dedup_jobs",
+    "checkpoint config weights validations proofs gguf_files data_prep/outputs data_prep/dedup_jobs",
     "data_prep/units data_prep/sketches",
     "data_prep/jobs data_prep/clusters",
     "fragments layouts hf evaluations models/* data_prep/steps data_prep/fast_encoders",
@@ -50,13 +50,14 @@ LAYERS = (
     "hf_tokenizers output_folders text_bytes harness_tasks code_tasks completions example_files",
     "manifests settings",
     "rank_logs launchers",
-    "ranks signals watchdogs flops energy allocators gguf_readers sandboxes confinements",
+    "ranks signals terminals watchdogs flops energy allocators gguf_readers sandboxes confinements",
     "errors __init__",
 )
 # Neither these nor data_prep may need torch: a data job on a head node starts in a blink.
 WITHOUT_TORCH = (
     "shards", "manifests", "settings", "samples", "packing", "permutations", "overlaps",
-    "ranks", "launchers", "signals", "watchdogs", "rank_logs", "guards", "flops", "errors", "cli", "__init__", "data_prep/*",
+    "ranks", "launchers", "signals", "watchdogs", "terminals", "rank_logs", "guards", "flops", "errors", "cli", "__init__",
+    "data_prep/*",
 )
 HEAVY = {"torch", "deepspeed", "transformers"}
 
