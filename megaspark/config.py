@@ -13,6 +13,7 @@ import torch
 from pydantic import Field, field_validator, model_validator
 
 from megaspark import settings, shards
+from megaspark.bad_steps import BadSteps
 from megaspark.deepspeed_files import DeepSpeedFile, read_deepspeed_file
 from megaspark.errors import UserError
 from megaspark.flops import parameters
@@ -140,6 +141,7 @@ class RunConfig(Section, Generic[ModelT]):
     optim: Optim
     parallel: Parallel = Parallel()
     run: Run
+    bad_steps: BadSteps = BadSteps()
     kernels: dict[str, str] = Field(default_factory=dict, description="the implementation of an op by name: {attention: sdpa}")
     deepspeed: str = "zero1.json"
 
@@ -244,6 +246,8 @@ def _layout(config: RunConfig[Any], file: DeepSpeedFile, world: int) -> Layout:
             f"parallel.pipeline = {parallel.pipeline} cannot go with ZeRO stage {file.stage} ({file.path}): "
             "a pipeline needs its gradients whole; set deepspeed=zero1.json"
         )
+    if file.values.get("zero_optimization", {}).get("compute_grad_norm") is False:
+        raise UserError(f"zero_optimization.compute_grad_norm = false ({file.path}): steps are judged by the norm; set it to true")
     for kind, size in parallel:
         if size > 1:
             raise UserError(f"parallel.{kind} = {size}: only 1 is built yet; zero3.json shares one model among processes")

@@ -17,11 +17,12 @@ from torch import nn
 
 from megaspark import fragments, launchers
 from megaspark.allocators import keep_pages
+from megaspark.bad_steps import Refuse, not_finite
 from megaspark.batches import Batch
 from megaspark.config import Checked
 from megaspark.models import architecture
 from megaspark.models.blocks import Execution
-from megaspark.optim import adamw
+from megaspark.optim import adamw, gate
 from megaspark.ranks import Ranks, threads_per_process
 
 
@@ -29,12 +30,15 @@ from megaspark.ranks import Ranks, threads_per_process
 class StepResult:
     """What one optimizer step tells: the mean loss over all its tokens, the gradient's norm before clipping, and `asked`.
 
-    asked: what the processes brought to be summed along, the same on all of them.
+    asked: what the processes brought to be summed along. refused: why the step was not taken, None if it was. All of these are
+    the same on all processes. own_losses: of a refused step, the losses of this process's micro-batches.
     """
 
     loss: float
     grad_norm: float
     asked: tuple[float, ...] = ()
+    refused: str | None = None
+    own_losses: tuple[float, ...] = ()
 
 
 class Engine:
@@ -60,25 +64,46 @@ class Engine:
         self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, dist_init_required=False)
         fragments.discard_build_step(self.deepspeed)
         fragments.prepare(self.deepspeed)
+        for optimizer in fragments.base_optimizers(self.deepspeed):
+            gate(optimizer, lambda: self._agree().refused is None)
 
-    def step(self, batches: Iterable[Batch], lr: float, asked: Callable[[], Sequence[float]] = tuple) -> StepResult:
+    def step(
+        self, batches: Iterable[Batch], lr: float, asked: Callable[[], Sequence[float]] = tuple, refuse: Refuse = not_finite
+    ) -> StepResult:
         """One optimizer step at rate `lr` over this process's micro-batches (their number is the accumulation).
 
-        asked: called at the end of the step; its numbers are summed over all processes together with the loss.
+        asked: called before the update; its numbers are summed over all processes together with the loss. refuse: judges the
+        mean loss and the gradient's norm then; if it gives a reason, no weight, moment or count of steps changes anywhere. It
+        must refuse what is not finite, as DeepSpeed does by itself.
         """
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = lr
         self.deepspeed.train()
-        losses, norm = [], None
+        self._losses, self._asked, self._refuse, self._agreed = [], asked, refuse, None
         for batch in batches:
             loss = self._loss(batch)
+            self._losses.append(loss.detach())
             self.deepspeed.backward(loss)
             if self.plain and self.deepspeed.is_gradient_accumulation_boundary():
-                norm = torch.nn.utils.get_total_norm([p.grad for p in self.deepspeed.module.parameters() if p.grad is not None])
+                gradients = [p.grad for p in self.deepspeed.module.parameters() if p.grad is not None]
+                self._plain_norm = torch.nn.utils.get_total_norm(gradients)
             self.deepspeed.step()
-            losses.append(loss.detach())
-        loss, *sums = self._mean(losses, asked())
-        return StepResult(loss, float(self.deepspeed.get_global_grad_norm() if norm is None else norm), tuple(sums))
+        return self._agree()
+
+    def _agree(self) -> StepResult:
+        """The step's result, agreed on by all processes in one message; the optimizer asks for it before it does anything.
+
+        Where DeepSpeed finds the gradient not finite, which it does everywhere alike, it does not ask, and `step` does.
+        """
+        if self._agreed is None:
+            norm = self._plain_norm if self.plain else self.deepspeed.optimizer._global_grad_norm
+            # Equal norms: their mean is each of them. Were they not, or not finite in one place only, all see the same even so.
+            loss, norms, *sums = self._mean(self._losses, [float(norm), *self._asked()])
+            norm = norms / torch.distributed.get_world_size()
+            refused = self._refuse(loss, norm)
+            own_losses = tuple(own.item() for own in self._losses) if refused else ()
+            self._agreed = StepResult(loss, norm, tuple(sums), refused, own_losses)
+        return self._agreed
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Batch]) -> float:

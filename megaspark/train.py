@@ -18,6 +18,7 @@ from typing import Any
 import yaml
 
 from megaspark import __version__, checkpoint, fragments
+from megaspark.bad_steps import GAVE_UP, Judge
 from megaspark.batches import Batches
 from megaspark.checkpoint import Checkpoint
 from megaspark.config import Checked, RunConfig, check_run, load_config
@@ -27,9 +28,19 @@ from megaspark.guards import Guard, claim
 from megaspark.optim import CosineSchedule
 from megaspark.ranks import Ranks
 from megaspark.recorders import Recorder
+from megaspark.refusals import Refusals
 from megaspark.samples import Samples, unigram_entropy
 from megaspark.signals import INTERRUPTED, Told
-from megaspark.starts import agree_on_start, config_hash, data_digest, find_weights, identity, tokenizer_file
+from megaspark.starts import (
+    Position,
+    agree_on_start,
+    config_hash,
+    data_digest,
+    find_weights,
+    identity,
+    restore,
+    tokenizer_file,
+)
 
 DEMO = "llama-demo.yaml"
 
@@ -75,12 +86,12 @@ def train(checked: Checked, ranks: Ranks, start: Checkpoint | None, weights: Che
     config, run = checked.config, checked.config.run
     folder = config.folder
     end = min(run.steps, run.stop_after or run.steps)
-    step, taken = (start.step, int(start.state["samples"])) if start else (0, 0)
-    _check_changes(config, taken)
+    at = Position.of(start)
+    _check_changes(config, at.samples)
     if ranks.first:
         _open_folder(checked)
-    if step >= end:
-        _say(ranks, f"{folder} is at step {step} of {end} already: nothing to do")
+    if at.step >= end:
+        _say(ranks, f"{folder} is at step {at.step} of {end} already: nothing to do")
         return 0
     with Guard(folder, ranks, run.hang_after_s) as guard:
         return _train(checked, ranks, start, weights, guard, end)
@@ -91,11 +102,10 @@ def _train(
 ) -> int:
     """The run proper, watched by `guard`; the folder is there."""
     config, run = checked.config, checked.config.run
-    folder = config.folder
-    step, taken = (start.step, int(start.state["samples"])) if start else (0, 0)
+    folder, batch, at = config.folder, config.run.global_batch, Position.of(start)
     engine = Engine(checked, ranks)
     if start:
-        _restore(engine, start, ranks)
+        restore(engine, start)
     elif weights:
         checkpoint.load(weights, fragments.fragments(engine.deepspeed), kinds=("master",))
         fragments.push(engine.deepspeed)
@@ -105,36 +115,47 @@ def _train(
     for first, name, count in samples.left_out:
         _say(ranks, f"at sample {first:,} the cut changes: {count:,} samples of {name} are left out of its epoch")
     schedule = CosineSchedule(config.optim.lr, config.optim.min_lr, config.optim.warmup_steps, run.steps)
-    recorder = Recorder(checked, ranks, engine, step, end)
-    first_step, saved, told = step, True, Told()
-    while step < end and not told.stop:
-        lr = schedule(step)
-        phase = samples.phase(taken)
+    recorder = Recorder(checked, ranks, engine, at.step, end)
+    refusals = Refusals(checked, engine, guard, start.state if start else {})
+    first_step, saved, told = at.step, True, Told()
+    while at.step < end and not told.stop and not refusals.gave_up:
+        lr = schedule(at.step)
+        phase = samples.phase(at.samples)
         recorder.use_seq(phase.seq)
-        guard.at(f"step {step + 1}", slow=step == first_step or phase.first_sample == taken)  # new lengths are compiled anew
-        result = engine.step(batches.step(taken, run.global_batch), lr, guard.requests.pending)
+        refusals.judge.enter(phase.first_sample)
+        new_length = at.step == first_step or phase.first_sample == at.samples
+        guard.at(f"step {at.step + 1}", slow=new_length)  # it is compiled anew
+        result = engine.step(batches.step(at.samples, batch), lr, guard.requests.pending, refusals.judge.refuse)
         told = guard.requests.heard(result.asked)
-        step, taken = step + 1, taken + run.global_batch
-        recorder.step(step, samples.tokens_before(taken), result.loss, lr, result.grad_norm)
-        if held_out and run.eval_every and (step % run.eval_every == 0 or step == run.steps):
-            guard.at(f"the evaluation after step {step}", slow=True)
-            loss = engine.evaluate(held_out.step(0, run.eval_batches * run.global_batch))
-            recorder.evaluation(step, samples.tokens_before(taken), loss)
+        at = Position(at.step + 1, at.samples + batch, at.updates + (result.refused is None))
+        recorder.step(at.step, samples.tokens_before(at.samples), result, lr)
+        after = refusals.settle(at, result, batches, samples, recorder)
+        if after is not at or refusals.gave_up:
+            at = after
+            continue
+        if held_out and run.eval_every and (at.step % run.eval_every == 0 or at.step == run.steps):
+            guard.at(f"the evaluation after step {at.step}", slow=True)
+            loss = engine.evaluate(held_out.step(0, run.eval_batches * batch))
+            recorder.evaluation(at.step, samples.tokens_before(at.samples), loss)
         if told.save or told.stop:
-            _say(ranks, f"told by a signal to save{' and stop' if told.stop else ''}: at step {step}")
-        if step == end or told.save or told.stop or (run.save_every and step % run.save_every == 0):
-            guard.at(f"the save of step {step}", slow=True)
-            saved = _save(checked, engine, ranks, step, taken, samples.tokens_before(taken))
+            _say(ranks, f"told by a signal to save{' and stop' if told.stop else ''}: at step {at.step}")
+        if at.step == end or told.save or told.stop or (run.save_every and at.step % run.save_every == 0):
+            guard.at(f"the save of step {at.step}", slow=True)
+            saved = _save(checked, engine, ranks, at, samples.tokens_before(at.samples), refusals.judge)
             recorder.pause_over()
-    guard.at(f"the end at step {step}", slow=True)
+    guard.at(f"the end at step {at.step}", slow=True)
     recorder.close()
     engine.wait_for_all()
-    done = f"{'done' if step == end else 'stopped'} at step {step}, {samples.tokens_before(taken):,} tokens"
+    whole = at.step == end and not refusals.gave_up
+    tokens = samples.tokens_before(at.samples)
+    done = f"{'done' if whole else 'stopped'} at step {at.step}, {tokens:,} tokens{refusals.summary()}"
     _say(ranks, f"{folder}: {done}")
     if not saved:
         _say(ranks, f"{folder}: the last checkpoint could not be written, see above")
     guard.log.say(done if saved else f"{done}; the last checkpoint could not be written")
-    return (told.status if step < end else 0) if saved else 1
+    if refusals.gave_up:
+        return GAVE_UP
+    return (0 if whole else told.status) if saved else 1
 
 
 def _check_changes(config: RunConfig[Any], taken: int) -> None:
@@ -172,21 +193,16 @@ def _batches(checked: Checked, samples: Samples, ranks: Ranks) -> Batches:
     return Batches(samples.__getitem__, eos_id, checked.config.run.micro_batch, ranks.rank, checked.layout.data_parallel)
 
 
-def _restore(engine: Engine, start: Checkpoint, ranks: Ranks) -> None:
-    checkpoint.load(start, fragments.fragments(engine.deepspeed))
-    fragments.set_step(engine.deepspeed, start.step)
-    fragments.push(engine.deepspeed)
-    engine.gather(None)  # nobody writes into the run folder before everybody has read from it
-
-
-def _save(checked: Checked, engine: Engine, ranks: Ranks, step: int, taken: int, tokens: int) -> bool:
-    """Writes the checkpoint of `step`; says whether it was written (a full disk stops the save, not the run)."""
+def _save(checked: Checked, engine: Engine, ranks: Ranks, at: Position, tokens: int, judge: Judge) -> bool:
+    """Writes the checkpoint of a position; says whether it was written (a full disk stops the save, not the run)."""
     config, tokenizer = checked.config, tokenizer_file(checked)
     prepend_bos = next(iter(checked.train.values())).manifest.prepend_bos
     state = {
-        "step": step,
-        "samples": taken,
+        "step": at.step,
+        "samples": at.samples,
         "tokens": tokens,
+        "updates": at.updates,
+        "bad_steps": judge.recorded(),
         "phases": [phase.recorded() for phase in config.data.phases],
         "identity": identity(checked),
         "config": config.resolved(),
@@ -196,7 +212,7 @@ def _save(checked: Checked, engine: Engine, ranks: Ranks, step: int, taken: int,
     }
     everywhere = fragments.whole(engine.deepspeed)
     held = [] if everywhere and not ranks.first else fragments.fragments(engine.deepspeed)
-    target = checkpoint.step_folder(config.folder, step)
+    target = checkpoint.step_folder(config.folder, at.step)
     problem = checkpoint.save(target, state, held, ranks.rank, engine.gather)
     if problem is None and ranks.first:
         checkpoint.note_latest(config.folder, target)
