@@ -152,9 +152,12 @@ def _listed(numbers: Sequence[int]) -> str:
 
 
 def by_micro_batch(samples: Samples, indices: Sequence[Sequence[int]], losses: Sequence[float]) -> str:
-    """A line a micro-batch of this process: its loss, and each of its samples as "number (dataset, number in it)"."""
+    """A line a micro-batch of this process: its loss, and each of its samples as "number (dataset, number in it)".
+
+    losses: as many, or none where this process computes none; then no lines.
+    """
     lines = []
-    for numbers, loss in zip(indices, losses, strict=True):
+    for numbers, loss in zip(indices, losses, strict=bool(losses)):
         places = [samples.locate(number) for number in numbers]
         named = [f"{number} ({samples.names[d]} {n})" for number, (d, n) in zip(numbers, places, strict=True)]
         lines.append(f"  loss {loss:.4g}: sample {', '.join(named)}")

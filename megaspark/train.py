@@ -131,7 +131,7 @@ def _train(
         recorder.step(at.step, samples.tokens_before(at.samples), result, lr)
         after = refusals.settle(at, result, batches, samples, recorder)
         if after is not at or refusals.gave_up:
-            at = after
+            at, first_step = after, after.step
             continue
         if held_out and run.eval_every and (at.step % run.eval_every == 0 or at.step == run.steps):
             guard.at(f"the evaluation after step {at.step}", slow=True)

@@ -12,6 +12,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tokenizers
 import torch
@@ -33,7 +34,7 @@ from megaspark.samples import Samples
 from megaspark.tools.shards import main as shards
 
 BATCH, STEPS = 8, 16
-POISON, NOISE = "Z", "?"  # letters that only some documents have
+POISON = "Z"  # a letter that only some documents have
 
 
 # ---- the judge
@@ -91,7 +92,7 @@ def test_what_is_left_out_is_counted_once():
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory) -> Path:
-    """Token datasets: 500 documents of one pattern; one in 9 has the letter POISON, one in 17 is noise that begins with NOISE."""
+    """Token datasets: 500 documents of one pattern; one in 9 has the letter POISON, one in 17 is noise."""
     folder = tmp_path_factory.mktemp("text")
     model = tokenizers.Tokenizer(models.BPE())
     model.pre_tokenizer, model.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
@@ -103,7 +104,7 @@ def text(tmp_path_factory) -> Path:
     for name, kind in (("poison", 9), ("noise", 17)):
         texts = ["abcd" * 10 for _ in range(500)]
         for number in range(0, 500, kind):
-            noise = NOISE + letters[40 * number : 40 * number + 39]
+            noise = letters[40 * number : 40 * number + 40]
             texts[number] = f"abcd{POISON}" + "abcd" * 5 if name == "poison" else noise
         lines = b"\n".join(json.dumps({"text": document}).encode() for document in texts)
         (folder / f"{name}.jsonl.zst").write_bytes(zstandard.compress(lines))
@@ -274,10 +275,12 @@ def test_a_spike_is_refused_and_replayed(text, tmp_path):
     done = alone("pretrain", "--config", str(config), *overrides).checked()
     lines = lines_of(tmp_path / "runs/tiny")
     bad = [line["step"] for line in lines if "skipped" in line]
-    samples, noise = samples_of(config, overrides), letter_id(text, NOISE)
+    samples = samples_of(config, overrides)
+    usual = [*(letter_id(text, letter) for letter in "abcd"), samples.datasets[0].eos_id]
     assert bad and bad[0] < 31, done.stdout
     for step in bad:
-        assert any(noise in samples[i] for i in range((step - 1) * BATCH, step * BATCH)), step
+        read = np.concatenate([samples[i] for i in range((step - 1) * BATCH, step * BATCH)])
+        assert not np.isin(read, usual).all(), step
         assert re.fullmatch(r"the loss \S+ is \S+ times its mean \S+", lines[step - 1]["skipped"]) and lines[step - 1]["loss"] < 10
     copy = replayed(tmp_path / "runs/tiny", (bad[0] - 1) // 2 * 2, "again")
     alone("pretrain", "--config", str(config), *overrides, "run.name=again").checked()
@@ -285,28 +288,29 @@ def test_a_spike_is_refused_and_replayed(text, tmp_path):
     assert same_state(checkpoint.newest(copy).folder, checkpoint.newest(tmp_path / "runs/tiny").folder)
 
 
-@pytest.mark.parametrize("policy", ["stop", "roll_back"])
+@pytest.mark.parametrize("policy", ["stop", pytest.param("roll_back", marks=pytest.mark.long)])
 def test_a_run_that_cannot_go_on_ends(policy, text, tmp_path):
     """With a rate out of bounds every step after the first is bad, whatever the data: it must not skip for ever, nor roll back
     for ever, nor save what it has, nor exit as if all were well."""
     config, _ = tiny_run_at(tmp_path)
-    limits = {"bad_steps.in_a_row": "3", "bad_steps.then": policy, "bad_steps.roll_backs": "2", "run.save_every": "3"}
-    overrides = options(text, "noise", **limits, **{"optim.lr": "1e30", "optim.warmup_steps": "0", "run.stop_after": "1"})
-    alone("pretrain", "--config", str(config), *overrides).checked()  # a checkpoint: it is finite, but leads nowhere
-    overrides[-1] = "run.stop_after=null"
+    limits = {"bad_steps.in_a_row": "3", "bad_steps.then": policy, "bad_steps.roll_backs": "2", "run.save_every": "1"}
+    overrides = options(text, "noise", **limits, **{"optim.lr": "1e30", "optim.warmup_steps": "0"})
     done = alone("pretrain", "--config", str(config), *overrides)
     assert done.returncode == GAVE_UP and "Traceback" not in done.stderr, done.stderr[-2000:]
     (last,) = [line for line in done.stdout.splitlines() if "stopped without a save" in line]
     assert "3 bad steps in a row" in last and "bad_steps." in last
     assert "stopped at step 4" in done.stdout
     folders = [folder.name for folder in checkpoint.step_folders(tmp_path / "runs/tiny")]
-    if policy == "roll_back":  # the checkpoint of step 3 lay amid bad steps
-        assert done.stdout.count("rolled back to") == 2 and folders[-1] == "step_00000001"
+    # The weights of step 1 are finite, but lead nowhere. Steps 2 and 3 were saved amid bad ones, step 4 was the last.
+    assert folders == ["step_00000003", "step_00000002", "step_00000001"]
+    if policy == "roll_back":
+        assert done.stdout.count("rolled back to") == 2 and done.stdout.count("step_00000003 is removed") == 2
         assert "samples 8 to 31 are left out" in done.stdout and "samples 8 to 55 are left out" in done.stdout
     else:
-        assert folders == ["step_00000003", "step_00000001"] and "bad_steps.then=roll_back" in last
+        assert "bad_steps.then=roll_back" in last
 
 
+@pytest.mark.long
 def test_a_run_without_a_checkpoint_cannot_roll_back(text, tmp_path):
     """To go back to the first weights would be to train from nothing, which nobody asked for."""
     config, _ = tiny_run_at(tmp_path)
