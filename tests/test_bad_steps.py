@@ -259,9 +259,12 @@ def test_the_log_leads_to_the_text(poisoned_run, capsys):
 
 @pytest.mark.launch
 def test_replay_from_a_checkpoint_is_the_run_that_never_stopped(poisoned_run):
-    """What a judge remembers and a checkpoint forgets (the row, the means, the samples passed over) changes all that follows."""
+    """What a run remembers and a checkpoint forgets (the updates, the row, the samples passed over) changes all that follows."""
     run, config, overrides, _ = poisoned_run
-    copy = replayed(run, 2, "again")
+    copy = replayed(run, 4, "again")
+    before, after = (checkpoint.newest(folder).state for folder in (copy / "checkpoints/step_00000004", run))
+    assert before["updates"] < before["step"] and before["samples"] > before["step"] * BATCH
+    assert 0 < before["bad_steps"]["roll_backs"] < after["bad_steps"]["roll_backs"], "no roll-back is played again"
     pretrain(2, config, *overrides, "run.name=again").checked()
     assert lines_of(copy) == lines_of(run)
     assert same_state(checkpoint.newest(copy).folder, checkpoint.newest(run).folder)
