@@ -245,9 +245,22 @@ def note_latest(run: Path, folder: Path) -> None:
 def prune(run: Path, keep: int) -> None:
     """Removes all but the newest `keep` checkpoints (0 keeps all)."""
     for folder in step_folders(run)[keep:] if keep else []:
-        doomed = folder.with_name(folder.name + ".partial")
-        folder.rename(doomed)  # first out of sight, so that a kill in mid-removal leaves no half checkpoint
-        shutil.rmtree(doomed)
+        _remove(folder)
+
+
+def discard_after(run: Path, step: int) -> list[Path]:
+    """Removes the checkpoints of later steps than `step`, and makes that one the latest; returns what was removed."""
+    doomed = [folder for folder in step_folders(run) if folder > step_folder(run, step)]
+    note_latest(run, step_folder(run, step))
+    for folder in doomed:
+        _remove(folder)
+    return doomed
+
+
+def _remove(folder: Path) -> None:
+    doomed = folder.with_name(folder.name + ".partial")
+    folder.rename(doomed)  # first out of sight, so that a kill in mid-removal leaves no half checkpoint
+    shutil.rmtree(doomed)
 
 
 def _attempt(action: Callable[[], Any]) -> str | None:

@@ -13,6 +13,7 @@ import torch
 from pydantic import Field, field_validator, model_validator
 
 from megaspark import settings, shards
+from megaspark.bad_steps import BadSteps
 from megaspark.deepspeed_files import read_deepspeed_file
 from megaspark.errors import UserError
 from megaspark.flops import parameters
@@ -136,6 +137,7 @@ class RunConfig(Section, Generic[ModelT]):
     optim: Optim
     parallel: Parallel = Parallel()
     run: Run
+    bad_steps: BadSteps = BadSteps()
     kernels: dict[str, str] = Field(default_factory=dict, description="the implementation of an op by name: {attention: sdpa}")
     deepspeed: str = "zero1.json"
 
@@ -235,6 +237,11 @@ def _check_kernels(config: RunConfig[Any], layout: Layout) -> None:
         raise UserError(
             f"run.compile = true cannot go with ZeRO stage 3 ({config.deepspeed}), which gathers a module's weights around its "
             "call; set deepspeed=zero2.json or run.compile=false"
+        )
+    if config.run.recompute == "selective" and layout.stage == 3:
+        raise UserError(
+            f"run.recompute = selective cannot go with ZeRO stage 3 ({config.deepspeed}), which gathers weights amid what "
+            "is computed again; set run.recompute=full or deepspeed=zero2.json"
         )
     if config.run.compile and config.run.recompute == "selective":
         raise UserError(

@@ -17,13 +17,14 @@ from torch import nn
 
 from megaspark import fragments, launchers
 from megaspark.allocators import keep_pages
+from megaspark.bad_steps import Refuse, not_finite
 from megaspark.batches import Batch
 from megaspark.config import Checked
 from megaspark.fragments import Fragment
 from megaspark.groups import Group, Groups
 from megaspark.layouts import Layout, Place
 from megaspark.models.blocks import IGNORED
-from megaspark.optim import adamw
+from megaspark.optim import adamw, gate
 from megaspark.ranks import Ranks, threads_per_process
 from megaspark.weights import fill, make_model, parts
 
@@ -32,12 +33,15 @@ from megaspark.weights import fill, make_model, parts
 class StepResult:
     """What one optimizer step tells: the mean loss over all its tokens, the gradient's norm before clipping, and `asked`.
 
-    asked: what the processes brought to be summed along, the same on all of them.
+    asked: what the processes brought to be summed along. refused: why the step was not taken, None if it was. All of these are
+    the same on all processes. own_losses: of a refused step, the losses of this process's micro-batches.
     """
 
     loss: float
     grad_norm: float
     asked: tuple[float, ...] = ()
+    refused: str | None = None
+    own_losses: tuple[float, ...] = ()
 
 
 class Engine:
@@ -69,17 +73,16 @@ class Engine:
         model = self._model(config, settings, grid)
         optim = config.optim
         optimizer = adamw(model, optim.lr, optim.betas, optim.eps, optim.weight_decay)
-        if self.plain:
-            optimizer.register_step_pre_hook(lambda *_: self._measure_and_clip())
         if layout.pipeline > 1 or layout.tensor > 1:
             for parameter in model.parameters():  # DeepSpeed asks whether the norm of the gradient counts this copy
                 parameter.model_parallel = parameter.part.counted
-        self.norm = 0.0
         self.deepspeed, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=settings, mpu=grid, dist_init_required=False
         )
         fragments.discard_build_step(self.deepspeed)
         fragments.prepare(self.deepspeed)
+        for optimizer in fragments.base_optimizers(self.deepspeed):
+            gate(optimizer, lambda: self._agree().refused is None)
 
     def _model(self, config: Any, settings: dict[str, Any], grid: Any) -> nn.Module:
         """This process's part of the model, with its first weights; at ZeRO stage 3 partitioned layer by layer."""
@@ -100,26 +103,46 @@ class Engine:
                 block.compile()
         return Pipeline(model, bounds, layout, self.documents) if layout.pipeline > 1 else model
 
-    def step(self, batches: Iterable[Batch], lr: float, asked: Callable[[], Sequence[float]] = tuple) -> StepResult:
+    def step(
+        self, batches: Iterable[Batch], lr: float, asked: Callable[[], Sequence[float]] = tuple, refuse: Refuse = not_finite
+    ) -> StepResult:
         """One optimizer step at rate `lr` over this process's micro-batches (their number is the accumulation).
 
-        asked: called at the end of the step; its numbers are summed over all processes together with the loss.
+        asked: called before the update; its numbers are summed over all processes together with the loss. refuse: judges the
+        mean loss and the gradient's norm then; if it gives a reason, no weight, moment or count of steps changes anywhere. It
+        must refuse what is not finite, as DeepSpeed does by itself.
         """
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = lr
         self.deepspeed.train()
+        self._asked, self._refuse, self._agreed = asked, refuse, None
         if self.layout.pipeline > 1:
             self.deepspeed.train_batch(self._flows(list(batches)))
-            losses = self.deepspeed.fwd_outputs
-        else:
-            losses = []
-            for batch in batches:
-                loss = self._loss(batch)
-                self.deepspeed.backward(loss)
-                self.deepspeed.step()
-                losses.append(loss.detach())
-        loss, *sums = self._mean(losses, asked())
-        return StepResult(loss, float(self.norm if self.plain else self.deepspeed.get_global_grad_norm()), tuple(sums))
+            return self._agree()
+        self._losses = []
+        for batch in batches:
+            loss = self._loss(batch)
+            self._losses.append(loss.detach())
+            self.deepspeed.backward(loss)
+            self.deepspeed.step()
+        return self._agree()
+
+    def _agree(self) -> StepResult:
+        """The step's result, agreed on by all processes in one message; the optimizer asks for it before it does anything.
+
+        Where DeepSpeed finds the gradient not finite, which it does everywhere alike, it does not ask, and `step` does.
+        """
+        if self._agreed is None:
+            norm = self._plain_norm() if self.plain else self.deepspeed.optimizer._global_grad_norm
+            losses = self._losses if self.layout.pipeline == 1 else self.deepspeed.fwd_outputs
+            # Equal norms: their mean is each of them. Were they not, or not finite in one place only, all see the same even so.
+            loss, norms, *sums = self._mean(losses, [float(norm), *self._asked()])
+            refused = self._refuse(loss, norms / self.layout.world)
+            own_losses = tuple(own.item() for own in losses) if refused else ()
+            self._agreed = StepResult(loss, norms / self.layout.world, tuple(sums), refused, own_losses)
+            if self.plain and self.clip and not refused:
+                torch.nn.utils.clip_grads_with_norm_(self.deepspeed.module.parameters(), self.clip, norm)
+        return self._agreed
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Batch]) -> list[float]:
@@ -197,18 +220,15 @@ class Engine:
             positions = torch.arange(seq, device=self.device).repeat(rows, 1)
         return (tokens, positions, labels), labels
 
-    def _measure_and_clip(self) -> None:
-        """The norm of the whole gradient, and the gradient no longer than `clip`; each copied parameter counts once."""
-        module = self.deepspeed.module
-        held = [parameter for parameter in module.parameters() if parameter.grad is not None]
-        norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in held if parameter.part.counted])
+    def _plain_norm(self) -> torch.Tensor:
+        """The norm of the whole gradient; of equal copies of a parameter's one counts."""
+        parameters = self.deepspeed.module.parameters()
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None and p.part.counted])
         if self.layout.pipeline > 1 or self.layout.tensor > 1:
             squared = norm.square()
             torch.distributed.all_reduce(squared, group=self.deepspeed.mpu.get_model_parallel_group())
             norm = squared.sqrt()
-        if self.clip:
-            torch.nn.utils.clip_grads_with_norm_(held, self.clip, norm)
-        self.norm = norm.item()
+        return norm
 
     def _mean(self, losses: list[torch.Tensor], also: Sequence[float] = ()) -> list[float]:
         """The mean loss over all processes that have one, and the sums of what each process brings besides."""

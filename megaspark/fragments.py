@@ -84,8 +84,14 @@ def fragments(engine: Any) -> Iterator[Fragment]:
             yield _fragment(parameter.part, 0, parameter.numel(), tensors)
 
 
+def base_optimizers(engine: Any) -> list[Any]:
+    """The optimizers inside DeepSpeed's wrapper; two where ZeRO-3 offloads a part of the state only."""
+    both = (_base(engine.optimizer), getattr(engine.optimizer, "backup_optimizer", None))
+    return [optimizer for optimizer in both if optimizer is not None]
+
+
 def set_step(engine: Any, step: int) -> None:
-    """Tells the optimizer that `step` steps were taken (Adam's bias correction)."""
+    """Tells the optimizer that `step` updates were made (Adam's bias correction); steps that were refused are none."""
     for state in _base(engine.optimizer).state.values():
         state["step"] = torch.tensor(float(step), dtype=torch.float32, device=state["step"].device)
 

@@ -123,6 +123,8 @@ def layout(config: Any, file: DeepSpeedFile, world: int) -> Layout:
 
 def _check_zero(parallel: Parallel, file: DeepSpeedFile) -> None:
     zero = file.values.get("zero_optimization", {})
+    if zero.get("compute_grad_norm") is False:
+        raise UserError(f"zero_optimization.compute_grad_norm = false ({file.path}): steps are judged by the norm; set it to true")
     if parallel.pipeline > 1 and file.stage > 1:
         raise UserError(
             f"parallel.pipeline = {parallel.pipeline} cannot go with ZeRO stage {file.stage} ({file.path}): "

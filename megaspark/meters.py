@@ -50,7 +50,7 @@ class StepMeter:
         return self._since - before
 
     def line(self, *, step: int, tokens: int, loss: float, lr: float, grad_norm: float | None, joules: float | None) -> Line:
-        """The figures of one optimizer step; `tokens` are the run's so far, `joules` this step's, None if not measured."""
+        """The figures of one optimizer step; `tokens` are those read so far, `joules` this step's, None if not measured."""
         now = time.perf_counter()
         step_s, self._since = now - self._since, now
         tokens_per_s = self.tokens / step_s
@@ -133,8 +133,11 @@ class MetricsLog:
         self._purge_step: int | None = None
 
     def keep_until(self, step: int) -> int:
-        """Drops the lines after `step`, and whatever a crash left half written; returns how many. To be called on resume."""
-        self._close_file()
+        """Drops the lines after `step`, and whatever a crash left half written; returns how many. To be called on resume.
+
+        TensorBoard leaves them out too, once the next line is written.
+        """
+        self.close()
         self._purge_step = step + 1
         if not self.path.exists():
             return 0
@@ -189,6 +192,8 @@ def to_json(line: Mapping[str, Any]) -> str:
 def terminal_line(line: Mapping[str, Any], last_step: int, time_left: str) -> str:
     """A step's figures in one readable line, without those not measured; what a narrow terminal should show comes first."""
     parts = [f"step {line['step']:,}/{last_step:,}", f"loss {line['loss']:.4f}", f"ETA {time_left}"]
+    if "skipped" in line:
+        parts.append(f"SKIPPED: {line['skipped']}")
     parts.append(f"{line['tokens_per_s']:,.0f} tokens/s")
     if line["mfu"] is not None:
         parts.append(f"MFU {line['mfu']:.1%}")

@@ -55,6 +55,20 @@ def adamw(model: nn.Module, lr: float, betas: tuple[float, float], eps: float, w
     return torch.optim.AdamW(parameter_groups(model, weight_decay), lr=lr, betas=betas, eps=eps, fused=True)
 
 
+def gate(optimizer: torch.optim.Optimizer, admits: Callable[[], bool]) -> None:
+    """From now on `optimizer.step()` first asks `admits`, and does nothing at all where that says no.
+
+    On the object, not by a class of its own: DeepSpeed takes only optimizers of exactly the types that it knows, and steps one
+    several times a step, once for each flat group.
+    """
+    step = optimizer.step
+
+    def gated(closure: Callable[[], Any] | None = None) -> Any:
+        return step(closure) if admits() else None
+
+    optimizer.step = gated  # type: ignore[method-assign]
+
+
 class SplitAdamW(torch.optim.Optimizer):
     """AdamW over bf16 parameters that keep their fp32 master as the weight itself and 16 more bits: 14 bytes a parameter.
 

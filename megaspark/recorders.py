@@ -9,7 +9,7 @@ import torch
 
 from megaspark.config import Checked
 from megaspark.energy import EnergyMeter
-from megaspark.engine import Engine
+from megaspark.engine import Engine, StepResult
 from megaspark.flops import parameters, peak_flops, per_token
 from megaspark.meters import MetricsLog, Pauses, StepMeter, TimeLeft, evaluation_line, terminal_line
 from megaspark.ranks import Ranks
@@ -54,14 +54,23 @@ class Recorder:
             self.terminal.say(f"{dropped} lines of metrics after step {step} are computed again")
         self.pause_over()
 
-    def step(self, step: int, tokens: int, loss: float, lr: float, grad_norm: float) -> None:
-        """Records one optimizer step: the run's steps and tokens so far, the step's loss, rate and gradient norm."""
+    def step(self, step: int, tokens: int, result: StepResult, lr: float) -> None:
+        """Records one optimizer step, taken or refused: the run's steps and tokens so far, the step's result and its rate."""
         joules = self._joules()
         if self.log:
-            line = self.meter.line(step=step, tokens=tokens, loss=loss, lr=lr, grad_norm=grad_norm, joules=joules)
+            figures = {"loss": result.loss, "grad_norm": result.grad_norm, "lr": lr, "joules": joules}
+            line = self.meter.line(step=step, tokens=tokens, **figures)
+            if result.refused:
+                line["skipped"] = result.refused
             self.log.write(line)
             self.time_left.stepped(line["step_s"])
             self.terminal.show(terminal_line(line, self.end, self.time_left.told(step)))
+
+    def roll_back(self, step: int) -> None:
+        """Tells that the steps after `step` are taken anew, on other data: what was recorded of them is dropped."""
+        if self.log:
+            self.terminal.say(f"{self.log.keep_until(step)} lines of metrics after step {step} are dropped; these steps come again")
+        self.pause_over()
 
     def use_seq(self, seq: int) -> None:
         """Tells of how many tokens a sample of the next step is: the work of a token grows with it."""

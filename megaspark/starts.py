@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from megaspark import checkpoint, settings
+from megaspark import checkpoint, fragments, settings
 from megaspark.checkpoint import Checkpoint
 from megaspark.config import Checked, RunConfig
-from megaspark.engine import join
+from megaspark.engine import Engine, join
 from megaspark.errors import UserError
 from megaspark.guards import claim
 from megaspark.models import differing
@@ -22,29 +23,94 @@ from megaspark.shards import TokenDataset
 from megaspark.weights import parameter_shapes
 
 
+@dataclass(frozen=True)
+class Position:
+    """How far a run is: its steps, the samples taken, and the updates of its weights.
+
+    A refused step makes no update; after a roll-back more samples were taken than the steps had.
+    """
+
+    step: int = 0
+    samples: int = 0
+    updates: int = 0
+
+    @classmethod
+    def of(cls, found: Checkpoint | None) -> Position:
+        """Where a checkpoint was written; the beginning without one."""
+        return cls(found.step, int(found.state["samples"]), int(found.state.get("updates", found.step))) if found else cls()
+
+
+def restore(engine: Engine, found: Checkpoint) -> None:
+    """Makes a checkpoint's weights, moments and count of updates the engine's; returns when all processes have read it."""
+    checkpoint.load(found, fragments.fragments(engine.deepspeed))
+    fragments.set_step(engine.deepspeed, Position.of(found).updates)
+    fragments.push(engine.deepspeed)
+    engine.gather(None)  # nobody writes into the run folder before everybody has read from it
+
+
 def agree_on_start(checked: Checked, ranks: Ranks) -> Checkpoint | None:
     """What the first process finds to start from (`find_start`), for all of them.
 
     Each for itself, they could find different things: a run that was told to stop may be saving still, which the first waits for.
     """
-    found: list[str | None] = [None, None]
+
+    def find() -> Checkpoint | None:
+        claim(checked.config.folder)
+        return find_start(checked, say=True)
+
     if ranks.world > 1:
         join(ranks)
-    if ranks.first:
-        try:
-            claim(checked.config.folder)
-            start = find_start(checked, say=True)
-            found = [None, str(start.folder) if start else None]
-        except UserError as error:
-            found = [str(error), None]
-    if ranks.world > 1:
-        torch.distributed.broadcast_object_list(found)
-    problem, folder = found
-    if problem is not None:
+    try:
+        return _first_finds(find, ranks)
+    except UserError:
         if ranks.world > 1:
             torch.distributed.destroy_process_group()
+        raise
+
+
+def agree_on_roll_back(checked: Checked, ranks: Ranks) -> Checkpoint | None:
+    """The newest whole checkpoint that was not written amid bad steps, for all processes; those after it are removed."""
+    run = checked.config.folder
+
+    def find() -> Checkpoint | None:
+        for folder in checkpoint.step_folders(run):
+            found, problem = _opened(folder)
+            if found is None:
+                print(f"cannot roll back to {folder}: {problem}", file=sys.stderr, flush=True)
+            elif not found.state.get("bad_steps", {}).get("in_a_row"):
+                for removed in checkpoint.discard_after(run, found.step):
+                    print(f"{removed} is removed: bad steps led to it, or it is damaged", flush=True)
+                return found
+        return None
+
+    return _first_finds(find, ranks)
+
+
+def _first_finds(find: Callable[[], Checkpoint | None], ranks: Ranks) -> Checkpoint | None:
+    """What `find` returns to, or raises in, the first process, on all of them."""
+    told: list[str | None] = [None, None]
+    if ranks.first:
+        try:
+            found = find()
+            told = [None, str(found.folder) if found else None]
+        except UserError as error:
+            told = [str(error), None]
+    if ranks.world > 1:
+        torch.distributed.broadcast_object_list(told)
+    problem, folder = told
+    if problem is not None:
         raise UserError(problem)
     return Checkpoint(Path(folder)) if folder else None
+
+
+def _opened(folder: Path) -> tuple[Checkpoint | None, str | None]:
+    """A checkpoint whose every byte is as written, or what is wrong with it."""
+    try:
+        found = Checkpoint(folder)
+        problem = found.problem()
+    except checkpoint.BadCheckpoint as error:
+        return None, str(error)
+    return (found, None) if problem is None else (None, problem)
 
 
 def find_start(checked: Checked, say: bool) -> Checkpoint | None:
@@ -59,17 +125,13 @@ def find_start(checked: Checked, say: bool) -> Checkpoint | None:
         return None
     damaged = []
     for folder in checkpoint.step_folders(config.folder):
-        try:
-            found = Checkpoint(folder)
-            problem = found.problem()
-        except checkpoint.BadCheckpoint as error:
-            problem = str(error)
-        if problem is None:
+        found, problem = _opened(folder)
+        if found is not None:
             _check_same_run(checked, found)
             if say:
                 print(f"resuming from {folder}", flush=True)
             return found
-        damaged.append(problem)
+        damaged.append(str(problem))
         if say:
             print(f"cannot resume from {folder}: {problem}", file=sys.stderr, flush=True)
     if damaged or run.resume == "required":

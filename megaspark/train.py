@@ -18,6 +18,7 @@ from typing import Any
 import yaml
 
 from megaspark import __version__, checkpoint, fragments
+from megaspark.bad_steps import GAVE_UP, Judge
 from megaspark.batches import Batch, Batches
 from megaspark.checkpoint import Checkpoint
 from megaspark.config import Checked, RunConfig, check_run, load_config
@@ -28,9 +29,19 @@ from megaspark.guards import Guard, claim
 from megaspark.optim import CosineSchedule
 from megaspark.ranks import Ranks
 from megaspark.recorders import SAVE, Recorder
+from megaspark.refusals import Refusals
 from megaspark.samples import Samples, unigram_entropy
 from megaspark.signals import INTERRUPTED, Told
-from megaspark.starts import agree_on_start, config_hash, data_digest, find_weights, identity, tokenizer_file
+from megaspark.starts import (
+    Position,
+    agree_on_start,
+    config_hash,
+    data_digest,
+    find_weights,
+    identity,
+    restore,
+    tokenizer_file,
+)
 from megaspark.validations import Validation
 
 DEMO = "llama-demo.yaml"
@@ -77,12 +88,12 @@ def train(checked: Checked, ranks: Ranks, start: Checkpoint | None, weights: Che
     config, run = checked.config, checked.config.run
     folder = config.folder
     end = min(run.steps, run.stop_after or run.steps)
-    step, taken = (start.step, int(start.state["samples"])) if start else (0, 0)
-    _check_changes(config, taken)
+    at = Position.of(start)
+    _check_changes(config, at.samples)
     if ranks.first:
         _open_folder(checked)
-    if step >= end:
-        _say(ranks, f"{folder} is at step {step} of {end} already: nothing to do")
+    if at.step >= end:
+        _say(ranks, f"{folder} is at step {at.step} of {end} already: nothing to do")
         return 0
     with Guard(folder, ranks, run.hang_after_s) as guard:
         return _train(checked, ranks, start, weights, guard, end)
@@ -93,11 +104,10 @@ def _train(
 ) -> int:
     """The run proper, watched by `guard`; the folder is there."""
     config, run = checked.config, checked.config.run
-    folder = config.folder
-    step, taken = (start.step, int(start.state["samples"])) if start else (0, 0)
+    folder, batch, at = config.folder, config.run.global_batch, Position.of(start)
     engine = Engine(checked, ranks)
     if start:
-        _restore(engine, start, ranks)
+        restore(engine, start)
     elif weights:
         checkpoint.load(weights, fragments.fragments(engine.deepspeed), kinds=("master",))
         fragments.push(engine.deepspeed)
@@ -109,35 +119,46 @@ def _train(
     for first, name, count in samples.left_out:
         _say(ranks, f"at sample {first:,} the cut changes: {count:,} samples of {name} are left out of its epoch")
     schedule = CosineSchedule(config.optim.lr, config.optim.min_lr, config.optim.warmup_steps, run.steps)
-    recorder = Recorder(checked, ranks, engine, step, end)
-    first_step, saved, told = step, True, Told()
-    while step < end and not told.stop:
-        lr = schedule(step)
-        phase = samples.phase(taken)
+    recorder = Recorder(checked, ranks, engine, at.step, end)
+    refusals = Refusals(checked, engine, guard, start.state if start else {})
+    first_step, saved, told = at.step, True, Told()
+    while at.step < end and not told.stop and not refusals.gave_up:
+        lr = schedule(at.step)
+        phase = samples.phase(at.samples)
         recorder.use_seq(phase.seq)
-        guard.at(f"step {step + 1}", slow=step == first_step or phase.first_sample == taken)  # new lengths are compiled anew
-        result = engine.step(batches.step(taken, run.global_batch), lr, guard.requests.pending)
+        refusals.judge.enter(phase.first_sample)
+        new_length = at.step == first_step or phase.first_sample == at.samples
+        guard.at(f"step {at.step + 1}", slow=new_length)  # it is compiled anew
+        result = engine.step(batches.step(at.samples, batch), lr, guard.requests.pending, refusals.judge.refuse)
         told = guard.requests.heard(result.asked)
-        step, taken = step + 1, taken + run.global_batch
-        recorder.step(step, samples.tokens_before(taken), result.loss, lr, result.grad_norm)
-        if validation and (step % run.eval_every == 0 or step == run.steps):
-            losses = engine.evaluate(_watched(validation, guard, recorder, step))
-            recorder.evaluation(step, samples.tokens_before(taken), validation, losses)
+        at = Position(at.step + 1, at.samples + batch, at.updates + (result.refused is None))
+        recorder.step(at.step, samples.tokens_before(at.samples), result, lr)
+        after = refusals.settle(at, result, batches, samples, recorder)
+        if after is not at or refusals.gave_up:
+            at, first_step = after, after.step
+            continue
+        if validation and (at.step % run.eval_every == 0 or at.step == run.steps):
+            losses = engine.evaluate(_watched(validation, guard, recorder, at.step))
+            recorder.evaluation(at.step, samples.tokens_before(at.samples), validation, losses)
         if told.save or told.stop:
-            _say(ranks, f"told by a signal to save{' and stop' if told.stop else ''}: at step {step}")
-        if step == end or told.save or told.stop or (run.save_every and step % run.save_every == 0):
-            guard.at(f"the save of step {step}", slow=True)
-            saved = _save(checked, engine, ranks, step, taken, samples.tokens_before(taken))
+            _say(ranks, f"told by a signal to save{' and stop' if told.stop else ''}: at step {at.step}")
+        if at.step == end or told.save or told.stop or (run.save_every and at.step % run.save_every == 0):
+            guard.at(f"the save of step {at.step}", slow=True)
+            saved = _save(checked, engine, ranks, at, samples.tokens_before(at.samples), refusals.judge)
             recorder.pause_over(SAVE)
-    guard.at(f"the end at step {step}", slow=True)
+    guard.at(f"the end at step {at.step}", slow=True)
     recorder.close()
     engine.wait_for_all()
-    done = f"{'done' if step == end else 'stopped'} at step {step}, {samples.tokens_before(taken):,} tokens"
+    whole = at.step == end and not refusals.gave_up
+    tokens = samples.tokens_before(at.samples)
+    done = f"{'done' if whole else 'stopped'} at step {at.step}, {tokens:,} tokens{refusals.summary()}"
     _say(ranks, f"{folder}: {done}")
     if not saved:
         _say(ranks, f"{folder}: the last checkpoint could not be written, see above")
     guard.log.say(done if saved else f"{done}; the last checkpoint could not be written")
-    return (told.status if step < end else 0) if saved else 1
+    if refusals.gave_up:
+        return GAVE_UP
+    return (0 if whole else told.status) if saved else 1
 
 
 def _check_changes(config: RunConfig[Any], taken: int) -> None:
@@ -192,21 +213,16 @@ def _watched(validation: Validation, guard: Guard, recorder: Recorder, step: int
         yield batch
 
 
-def _restore(engine: Engine, start: Checkpoint, ranks: Ranks) -> None:
-    checkpoint.load(start, fragments.fragments(engine.deepspeed))
-    fragments.set_step(engine.deepspeed, start.step)
-    fragments.push(engine.deepspeed)
-    engine.gather(None)  # nobody writes into the run folder before everybody has read from it
-
-
-def _save(checked: Checked, engine: Engine, ranks: Ranks, step: int, taken: int, tokens: int) -> bool:
-    """Writes the checkpoint of `step`; says whether it was written (a full disk stops the save, not the run)."""
+def _save(checked: Checked, engine: Engine, ranks: Ranks, at: Position, tokens: int, judge: Judge) -> bool:
+    """Writes the checkpoint of a position; says whether it was written (a full disk stops the save, not the run)."""
     config, tokenizer = checked.config, tokenizer_file(checked)
     prepend_bos = next(iter(checked.train.values())).manifest.prepend_bos
     state = {
-        "step": step,
-        "samples": taken,
+        "step": at.step,
+        "samples": at.samples,
         "tokens": tokens,
+        "updates": at.updates,
+        "bad_steps": judge.recorded(),
         "phases": [phase.recorded() for phase in config.data.phases],
         "identity": identity(checked),
         "config": config.resolved(),
@@ -214,7 +230,7 @@ def _save(checked: Checked, engine: Engine, ranks: Ranks, step: int, taken: int,
         "tokenizer": {"path": str(tokenizer[0].resolve()), "sha256": tokenizer[1], "prepend_bos": prepend_bos},
         "written_by": f"megaspark {__version__}, {checked.layout.world} processes, {checked.layout.words()}",
     }
-    target = checkpoint.step_folder(config.folder, step)
+    target = checkpoint.step_folder(config.folder, at.step)
     problem = checkpoint.save(target, state, engine.owned(), ranks.rank, engine.gather)
     if problem is None and ranks.first:
         checkpoint.note_latest(config.folder, target)

@@ -86,6 +86,21 @@ def test_two_processes_compute_what_one_does(launch: Launch, home: Path, config:
     compare(launch, home, config, "clip", 2, TWO, CLIPPING)
 
 
+RECOMPUTED = [(layout, how) for layout in TWO for how in ("selective", "full") if layout[3] < 3 or how == "full"]
+
+
+@pytest.mark.long
+@pytest.mark.launch
+def test_recomputing_changes_no_bit(launch: Launch, home: Path, config: str) -> None:
+    """A part computed again from other inputs, or a message sent by some processes only, which would hang."""
+    kept = launch_cases(launch, home / "kept", 2, [case(config, home, layout, 2, "kept", CLIPPING) for layout in TWO])
+    again = [case(config, home, layout, 2, how, [*CLIPPING, f"run.recompute={how}"]) for layout, how in RECOMPUTED]
+    found = launch_cases(launch, home / "again", 2, again)
+    for layout, how in RECOMPUTED:
+        title = name(*layout, 2)
+        assert found[f"{how} {title}"]["losses"] == kept[f"kept {title}"]["losses"], (how, title)
+
+
 @pytest.mark.long
 @pytest.mark.launch
 @pytest.mark.parametrize("kind, extra", [("few", FEW_HEADS), ("tied", TIED), ("whole", ["data.document_mask=false"])])
@@ -100,3 +115,59 @@ def test_two_processes_of_odd_models(launch: Launch, home: Path, config: str, ki
 def test_every_layout_of_four_processes(launch: Launch, home: Path, config: str, kind: str, extra: list[str]) -> None:
     """Two kinds together: a group made of the wrong processes, a mean over too many."""
     compare(launch, home, config, kind, 4, legal(4), extra)
+
+
+# ---- resume
+
+
+Spot = tuple[tuple[int, int, int, int], int]  # (pipeline, tensor, sequence, ZeRO stage), processes
+SPOTS: list[Spot] = [
+    *(((1, 1, 1, stage), world) for stage in range(4) for world in (1, 2, 4)),
+    ((2, 1, 1, 0), 2), ((2, 1, 1, 1), 2), ((2, 1, 1, 1), 4), ((1, 2, 1, 0), 2), ((1, 2, 1, 1), 2), ((1, 2, 1, 2), 4),
+    ((1, 2, 1, 3), 4), ((1, 1, 2, 1), 2), ((1, 1, 2, 3), 4), ((2, 2, 1, 1), 4), ((1, 4, 1, 1), 4),
+]  # fmt: skip
+FEW = [((1, 1, 1, 3), 2), ((2, 1, 1, 1), 2), ((1, 2, 1, 1), 2), ((1, 2, 1, 3), 2), ((1, 1, 1, 0), 1)]
+
+
+def resume_all(launch: Launch, home: Path, config: str, kind: str, spots: list[Spot], extra: list[str]) -> None:
+    """Trains in every layout to the end, saving half-way; then goes on in every layout from every other's checkpoint."""
+    fresh: dict[str, Any] = {}
+    worlds = sorted({world for _, world in spots})
+    for world in worlds:
+        cases = [case(config, home, place, world, kind, extra) for place, there in spots if there == world]
+        fresh |= launch_cases(launch, home / f"{kind}-fresh-{world}", world, cases)
+    for world in worlds:
+        cases = []
+        for to, there in spots:
+            for source, source_world in spots if there == world else ():
+                start = case(config, home, source, source_world, kind, extra)
+                again = {**case(config, home, to, world, kind, extra), "load": start["save"], "origin": start["name"]}
+                del again["save"], again["save_at"]
+                cases.append({**again, "target": again["name"], "name": f"{start['name']} -> {again['name']}"})
+        resumed = launch_cases(launch, home / f"{kind}-resumed-{world}", world, cases)
+        for item in cases:
+            check_resumed(item["name"], resumed[item["name"]], fresh[item["origin"]], fresh[item["target"]])
+
+
+def check_resumed(title: str, found: dict[str, Any], origin: dict[str, Any], target: dict[str, Any]) -> None:
+    assert found["same_bits"], f"{title}: masters or moments are not the checkpoint's"
+    assert found["counted_steps"] == [float(STEPS)], title
+    if origin is target:
+        assert found["losses"] == origin["losses"][SAVED_AT:], f"{title}: not the run that never stopped"
+        assert found["norms"] == origin["norms"][SAVED_AT:], title
+    assert apart(found["losses"], origin["losses"][SAVED_AT:]) < TOLERANCE, title
+    assert abs(found["loaded_loss"] - origin["saved_loss"]) < TOLERANCE * origin["saved_loss"], title
+    assert abs(found["still_loss"] - origin["saved_loss"]) < TOLERANCE * origin["saved_loss"], f"{title}: back to other weights"
+
+
+@pytest.mark.launch
+def test_a_few_layouts_go_on_from_each_other(launch: Launch, home: Path, config: str) -> None:
+    """A share written at another's place, a table saved twice, a stage that starts from its first weights."""
+    resume_all(launch, home, config, "few-resume", FEW, [*CLIPPING, *TIED])
+
+
+@pytest.mark.long
+@pytest.mark.launch
+def test_any_layout_goes_on_from_any_other(launch: Launch, home: Path, config: str) -> None:
+    """All pairs of the layouts of up to four processes."""
+    resume_all(launch, home, config, "all-resume", SPOTS, CLIPPING)

@@ -7,8 +7,10 @@ import tokenizers
 import zstandard
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from megaspark.config import load_config, open_datasets
 from megaspark.data_prep.run import main as prep
 from megaspark.errors import UserError
+from megaspark.samples import Samples
 from megaspark.tools.shards import main
 
 
@@ -61,6 +63,35 @@ def test_decode_refuses_what_it_cannot_answer(datasets):
         main(["decode", str(datasets / "C4"), "0"])
     with pytest.raises(SystemExit):
         main(["decode", str(datasets / "C4")])
+
+
+def test_samples_of_a_run_are_shown_whole_and_by_number(datasets, tmp_path, capsys):
+    """What a run's log names must be what is printed: the samples of its seed, its blend and its changes of length."""
+    config = {
+        "model": {"arch": "llama", "size": "demo", "vocab": 258}, "optim": {"lr": 1},
+        "data": {"train": str(datasets), "seq": 12, "changes": [{"sample": 2, "seq": 6}]},
+        "run": {"name": "r", "steps": 1, "global_batch": 1, "micro_batch": 1, "seed": 7},
+    }  # fmt: skip
+    (tmp_path / "config.yaml").write_text(json.dumps(config))
+    samples = Samples(open_datasets(str(datasets)), load_config(tmp_path / "config.yaml", [])[0].data.phases, 7)
+    assert main(["decode", str(tmp_path), "--samples", "1:4"]) == 0
+    shown = capsys.readouterr().out.split("== ")[1:]
+    letters = {i: t for t, i in tokenizers.Tokenizer.from_file(str(datasets / "C4" / "tokenizer.json")).get_vocab().items()}
+    for index, text in zip((1, 2, 3), shown, strict=True):
+        dataset, number = samples.locate(index)
+        head, _, body = text.partition("\n")
+        assert head == f"sample {index}: {samples.names[dataset]} {number}"
+        ascii_only = [letters[i] for i in samples[index].tolist() if len(letters[i]) == 1 and letters[i].isalnum()]
+        assert [c for c in body if c.isascii() and c.isalnum()] == [c for c in ascii_only if c.isascii()]
+    for arguments, message in [
+        ([str(tmp_path), "--samples", "3:3"], "not of the form A:B"),
+        ([str(tmp_path), "--samples", "3"], "not of the form A:B"),
+        ([str(datasets), "--samples", "0:1"], "is no run"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            main(["decode", *arguments])
+    with pytest.raises(SystemExit):
+        main(["decode", str(tmp_path), "0", "--samples", "0:1"])
 
 
 def test_verify_names_the_changed_file(datasets, capsys):

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from tqdm import tqdm
 
-from megaspark.data_prep.encode import load_tokenizer
+from megaspark.data_prep.encode import Encoder, load_tokenizer
 from megaspark.data_prep.outputs import table
 from megaspark.errors import UserError
 from megaspark.shards import Manifest, TokenDataset, datasets_in, sha256_of, verify
@@ -16,23 +17,30 @@ from megaspark.shards import Manifest, TokenDataset, datasets_in, sha256_of, ver
 _EXAMPLE = """examples:
   megaspark shards show data/slimpajama
   megaspark shards verify data/slimpajama
-  megaspark shards decode data/slimpajama/RedPajamaC4 0"""
+  megaspark shards decode data/slimpajama/RedPajamaC4 0
+  megaspark shards decode runs/llama-3b --samples 81920:81936"""
 
 
 def main(argv: list[str]) -> int:
     """Runs one of the three; returns 0, or 1 if `verify` found something wrong."""
     parser = argparse.ArgumentParser(
         prog="megaspark shards",
-        description="Shows what token datasets hold, checks every byte of them, or prints one document.",
+        description="Shows what token datasets hold, checks every byte of them, prints a document or a run's training samples.",
         epilog=_EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("action", choices=["show", "verify", "decode"])
-    parser.add_argument("path", type=Path, help="a dataset, or a folder of datasets")
+    parser.add_argument("path", type=Path, help="a dataset, or a folder of datasets; with --samples: a run")
     parser.add_argument("document", type=int, nargs="?", help="decode: the number of the document, from 0")
+    parser.add_argument("--samples", metavar="A:B", help="decode: samples A to B - 1 of a run, in the order of its training")
     arguments = parser.parse_args(argv)
-    if (arguments.document is None) == (arguments.action == "decode"):
-        parser.error("decode PATH DOCUMENT takes the number of a document; show PATH and verify PATH do not")
+    asked = (arguments.document is not None) + (arguments.samples is not None)
+    if asked != (arguments.action == "decode"):
+        parser.error("decode PATH DOCUMENT or decode RUN --samples A:B says what to decode; show PATH and verify PATH do not")
+    if arguments.samples is not None:
+        for text in decode_samples(arguments.path, arguments.samples):
+            print(text)
+        return 0
     datasets = datasets_in(arguments.path)
     if arguments.action == "verify":
         return _verify(datasets)
@@ -64,10 +72,37 @@ def decode(path: Path, datasets: dict[str, Path], number: int) -> str:
     dataset = TokenDataset(next(iter(datasets.values())))
     if not 0 <= number < dataset.documents:
         raise UserError(f"{path} has documents 0 to {dataset.documents - 1:,}, not {number:,}")
-    tokenizer = dataset.folder / dataset.manifest.tokenizer
-    if not tokenizer.is_file() or sha256_of(tokenizer) != dataset.manifest.tokenizer_sha256:
-        raise UserError(f"{tokenizer}: missing, or not the tokenizer that the dataset was made with")
-    return load_tokenizer(tokenizer).decode(dataset.document(number))
+    return _tokenizer(dataset).decode(dataset.document(number))
+
+
+def decode_samples(run: Path, asked: str) -> Iterator[str]:
+    """For each of samples "A:B" of a run, a line that says where it is from, and its text: all that the model is shown.
+
+    Reads the run's config.yaml; a relative data.train in it counts from here, as it does for `megaspark pretrain`.
+    """
+    from megaspark.config import load_config, open_datasets  # they bring torch along
+    from megaspark.samples import Samples
+
+    first, colon, end = asked.partition(":")
+    if not (first.isdigit() and colon and end.isdigit() and int(first) < int(end)):
+        raise UserError(f"--samples {asked} is not of the form A:B with A below B, such as 64:72")
+    if not (run / "config.yaml").is_file():
+        raise UserError(f"{run} is no run: it has no config.yaml")
+    config, _ = load_config(run / "config.yaml", [])
+    datasets = open_datasets(config.data.train)
+    samples = Samples(datasets, config.data.phases, config.run.seed)
+    tokenizer = _tokenizer(next(iter(datasets.values())))
+    for index in range(int(first), int(end)):
+        dataset, number = samples.locate(index)
+        yield f"== sample {index}: {samples.names[dataset]} {number}\n{tokenizer.decode(samples[index])}"
+
+
+def _tokenizer(dataset: TokenDataset) -> Encoder:
+    """The tokenizer that a dataset carries; raises UserError if it is not the one that made it."""
+    path = dataset.folder / dataset.manifest.tokenizer
+    if not path.is_file() or sha256_of(path) != dataset.manifest.tokenizer_sha256:
+        raise UserError(f"{path}: missing, or not the tokenizer that the dataset was made with")
+    return load_tokenizer(path)
 
 
 def _verify(datasets: dict[str, Path]) -> int:
