@@ -1,0 +1,130 @@
+"""The bytes that a rank sends in a step, by kind: what a layout costs on the wires.
+
+Collectives are counted as rings send them: of n bytes in a group of g, an all-reduce sends 2 (g - 1) / g n a rank, an all-gather
+or a reduce-scatter (g - 1) / g n (Patarasuk and Yuan 2009). Which calls DeepSpeed 0.19 makes, with how much, was counted on real
+engines; tests/test_volumes.py does so again. Scalars (norms, losses) are left out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megaspark.footprints import kept_at_turn, persistent_weights
+from megaspark.workloads import Workload
+
+
+@dataclass(frozen=True)
+class Volume:
+    """One kind of traffic: bytes a rank sends in a step, by which operation, in a group of how many.
+
+    neighbours: how many of the group lie in one node; exposed: whether computing waits for it.
+    """
+
+    kind: str
+    op: str
+    sent_bytes: int
+    group: int
+    neighbours: int
+    exposed: bool
+
+    @property
+    def crosses(self) -> bool:
+        """Whether the group is larger than a node."""
+        return self.neighbours < self.group
+
+
+def volumes(work: Workload) -> list[Volume]:
+    """Everything that the busiest rank sends in one step; of pipeline stages the largest, and one with two neighbours."""
+    held = max(work.stage_weights(stage) for stage in range(work.pipeline))
+    found = [*_data_parallel(work, held), *_tensor(work), *_sequence(work), *_pipeline(work), *_offload(work, held)]
+    return [volume for volume in found if volume.sent_bytes]
+
+
+def ring(op: str, payload_bytes: int, group: int) -> int:
+    """What a rank of a ring sends for one call: payload is the tensor reduced, or the one gathered, or what is exchanged."""
+    return payload_bytes * (group - 1) // group * (2 if op == "all_reduce" else 1)
+
+
+def _data_parallel(work: Workload, held: int) -> list[Volume]:
+    zero, element, group = work.zero, work.element_bytes, work.sharers
+    near = min(group, max(1, work.per_node // work.tensor))
+
+    def volume(kind: str, op: str, elements: float, exposed: bool, each: float = element) -> Volume:
+        return Volume(kind, op, ring(op, int(elements * each), group), group, near, exposed)
+
+    # DeepSpeed reduces in fp32 where sequences are shared, at stages 1 and 2.
+    each = 4 if zero.stage in (1, 2) and work.sequence > 1 else element
+    if zero.stage < 3:
+        # Stage 2 keeps only its share of the gradients, so it reduces every micro-batch; 0 and 1 the sum of all.
+        times = work.accumulation if zero.stage == 2 else 1
+        whole = zero.stage == 0 or not zero.reduce_scatter or zero.use_multi_rank_bucket_allreduce
+        op = "all_reduce" if whole else "reduce"
+        overlapped = zero.overlaps and zero.stage > 0 and work.pipeline == 1
+        gradients = volume("gradients", op, times * held, not overlapped, each)
+        return [gradients, volume("weights", "all_gather", held, True)] if zero.stage else [gradients]
+    op = "reduce_scatter" if zero.reduce_scatter else "all_reduce"
+    return [
+        volume("gradients", op, work.accumulation * held, False, 0.5 if zero.zero_quantized_gradients else element),
+        *_gathered(work, held, near),
+    ]
+
+
+def _gathered(work: Workload, held: int, near: int) -> list[Volume]:
+    """What ZeRO-3 gathers: every weight in the forward pass and again in the backward pass, but for those within reuse.
+
+    Persistent parameters, the small ones, are gathered once, after the optimizer stepped.
+    """
+    zero, group = work.zero, work.sharers
+    persistent = persistent_weights(work)
+    each = 1 if zero.zero_quantized_weights else work.element_bytes
+    fetched = work.accumulation * (held - persistent)
+    again = work.accumulation * max(0, held - persistent - kept_at_turn(work))
+    out = [Volume("weights", "all_gather", ring("all_gather", fetched * each, group), group, near, False)]
+    if zero.zero_hpz_partition_size > 1:  # the backward pass gathers from a second copy inside the node
+        inner = zero.zero_hpz_partition_size
+        out.append(Volume("weights in the node", "all_gather", ring("all_gather", again * each, inner), inner, inner, False))
+    else:
+        out.append(Volume("weights again", "all_gather", ring("all_gather", again * each, group), group, near, False))
+    stepped = ring("all_gather", persistent * work.element_bytes, group)
+    return [*out, Volume("small weights", "all_gather", stepped, group, near, True)]
+
+
+def _tensor(work: Workload) -> list[Volume]:
+    """DeepSpeed's AutoTP reduces after o and down, and in the backward pass of each of q, k, v, gate and up for itself."""
+    group = work.tensor
+    if group == 1:
+        return []
+    calls = 2 + 5 + (2 if work.checkpointing == "full" else 0)
+    blocks = max(work.stage_blocks(stage) for stage in range(work.pipeline))
+    payload = work.accumulation * blocks * calls * work.rank_tokens * work.shape.hidden * work.element_bytes
+    return [Volume("tensor", "all_reduce", ring("all_reduce", payload, group), group, min(group, work.per_node), True)]
+
+
+def _sequence(work: Workload) -> list[Volume]:
+    """Ulysses exchanges q, k, v before attention and its result after (Jacobs et al. 2023, arXiv 2309.14509), and back again."""
+    group, shape = work.sequence, work.shape
+    if group == 1:
+        return []
+    a_token = 2 * shape.head_dim * (shape.heads + max(shape.kv_heads, group)) * work.element_bytes
+    passes = 3 if work.checkpointing == "full" else 2
+    payload = work.accumulation * passes * shape.layers * work.rank_tokens * a_token
+    near = min(group, max(1, work.per_node // work.tensor))
+    return [Volume("sequence", "all_to_all", ring("all_to_all", payload, group), group, near, True)]
+
+
+def _pipeline(work: Workload) -> list[Volume]:
+    """A stage sends each micro-batch's activations on, and their gradient back; one at an end does only one of the two."""
+    if work.pipeline == 1:
+        return []
+    ways = 1 if work.pipeline == 2 else 2
+    payload = work.accumulation * work.rank_tokens * work.shape.hidden * work.element_bytes * ways
+    near = 2 if work.world // work.pipeline < work.per_node else 1
+    return [Volume("pipeline", "send", payload, 2, near, False)]
+
+
+def _offload(work: Workload, held: int) -> list[Volume]:
+    """Gradients to the host and weights back."""
+    if not work.zero.offload_optimizer:
+        return []
+    both = 2 * -(-held // work.sharers) * work.element_bytes
+    return [Volume("host", "copy", both, 1, 1, True)]
