@@ -1,4 +1,4 @@
-"""Counts the bytes that this process really sends through DeepSpeed, call by call, at the price of a dictionary entry each.
+"""Counts the bytes that this process really sends, DeepSpeed's calls and ours, at the price of a dictionary entry each.
 
 DeepSpeed's own comms_logger would do too, but waits for the device after every call; this changes nothing about the run.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,8 @@ from torch import Tensor
 
 from megaspark.volumes import ring
 
-# DeepSpeed's name -> (the operation, which positional argument is the payload: the reduced, the gathered or the exchanged tensor).
+# What torch.distributed and DeepSpeed's backend call it -> (the operation, the position of its payload: what is reduced, what was
+# gathered, what is exchanged).
 _CALLS = {
     "all_reduce": ("all_reduce", 0),
     "inference_all_reduce": ("all_reduce", 0),
@@ -31,11 +33,15 @@ _CALLS = {
     "send": ("send", 0),
     "isend": ("send", 0),
 }
+_PAYLOADS = (  # what that argument is called, by its position
+    ("tensor", "tensors", "output_tensor", "output_tensors", "tensor_list"),
+    ("input_tensor", "input", "input_list", "input_tensor_list"),
+)
 Traffic = Counter[tuple[str, int]]
 
 
 class CommCounter:
-    """Stands before DeepSpeed's communication backend from `start` to `stop` and adds up what goes through.
+    """Stands before torch.distributed and DeepSpeed's backend, which keeps references of its own to some of it.
 
     `sent`: bytes sent by (operation, size of the group), reckoned as rings send them (see `volumes.ring`); a broadcast or a reduce
     counts a rank's share of the whole. Everything is counted: scalars too, and what is done between steps.
@@ -43,21 +49,28 @@ class CommCounter:
 
     def __init__(self) -> None:
         self.sent: Traffic = Counter()
-        self._plain: dict[str, Callable[..., Any]] = {}
+        self._undo: list[Callable[[], None]] = []
+        self._inside = False
 
     def start(self) -> CommCounter:
         """Begins to count; DeepSpeed's process group must exist."""
-        backend = _backend()
-        for name in _CALLS:
-            self._plain[name] = getattr(backend, name)
-            setattr(backend, name, self._counting(name, self._plain[name]))
+        from deepspeed.comm import comm  # after the accelerator was settled
+
+        for owner in (torch.distributed, comm.cdb):
+            for name in _CALLS:
+                plain = getattr(owner, name, None)
+                if plain is None:
+                    continue
+                # An instance's own attribute is taken away again; a module's is put back.
+                undo = partial(delattr, owner, name) if owner is comm.cdb else partial(setattr, owner, name, plain)
+                self._undo.append(undo)
+                setattr(owner, name, self._counting(name, plain))
         return self
 
     def stop(self) -> None:
-        """Leaves the backend as it was."""
-        for name in self._plain:
-            delattr(_backend(), name)  # the class's own method shows again
-        self._plain.clear()
+        """Leaves everything as it was."""
+        while self._undo:
+            self._undo.pop()()
 
     def take(self) -> Traffic:
         """What was sent since the last time, and begins anew."""
@@ -65,26 +78,29 @@ class CommCounter:
         return taken
 
     def _counting(self, name: str, plain: Callable[..., Any]) -> Callable[..., Any]:
-        op, position = _CALLS[name]
-        payload_names = ("input_tensor", "input", "input_list", "input_tensor_list") if position else ("tensor", "tensors", "output_tensor")
-
         def counted(*arguments: Any, **named: Any) -> Any:
-            payload = arguments[position] if len(arguments) > position else next((named[n] for n in payload_names if n in named), ())
-            group = named.get("group")
-            if group is None:
-                group = next((a for a in arguments if isinstance(a, torch.distributed.ProcessGroup)), None)
-            size = torch.distributed.get_world_size(group)
-            count = _bytes(payload) if op == "send" else ring(op, _bytes(payload), size)
-            self.sent[op, 2 if op == "send" else size] += count
-            return plain(*arguments, **named)
+            if self._inside:  # DeepSpeed's call, which has been counted, arrives at torch's
+                return plain(*arguments, **named)
+            self._count(name, arguments, named)
+            self._inside = True
+            try:
+                return plain(*arguments, **named)
+            finally:
+                self._inside = False
 
         return counted
 
-
-def _backend() -> Any:
-    from deepspeed.comm import comm  # after the accelerator was settled
-
-    return comm.cdb
+    def _count(self, name: str, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+        op, position = _CALLS[name]
+        if len(arguments) > position:
+            payload = arguments[position]
+        else:
+            payload = next((named[key] for key in _PAYLOADS[position] if key in named), ())
+        group = named.get("group")
+        if group is None:
+            group = next((a for a in arguments if isinstance(a, torch.distributed.ProcessGroup)), None)
+        size = 2 if op == "send" else torch.distributed.get_world_size(group)
+        self.sent[op, size] += _bytes(payload) if op == "send" else ring(op, _bytes(payload), size)
 
 
 def _bytes(payload: Tensor | Iterable[Tensor]) -> int:

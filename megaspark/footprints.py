@@ -67,42 +67,47 @@ def of_stage(work: Workload, stage: int) -> Footprint:
 
 
 def block_bytes(work: Workload) -> int:
-    """What one block keeps for its backward pass, a micro-batch on a rank.
+    """What one block keeps for its backward pass, a micro-batch on a rank, as run.recompute says.
 
-    In none: the inputs of both norms, what both give to linears (4 E, whole on every tensor rank); rotated q, k, v and
-    attention's result (2 H D + 2 K D); gate, up and their product (3 F); in fp32 one number a norm and one a head. selective
-    keeps the results of all products and of attention, and makes norms, rotation and the SwiGLU product again. full keeps the
-    block's input.
+    none: the inputs of both norms and what these give to linears (4 E, whole on every tensor rank); rotated q, k, v and
+    attention's result (2 H D + 2 K D); gate, up and their product (3 F); in fp32 a number a norm and a head. selective: the block's
+    input, and the results of all matrix products and of attention. full: the block's input.
     """
     shape, element, split = work.shape, work.element_bytes, work.tensor
-    attention = 2 * shape.head_dim * (shape.heads // split + work.kv_heads)
-    statistics = 4 * (shape.heads // split + 2)
-    wide = shape.ffn // split
+    heads, wide = shape.heads // split, shape.ffn // split
+    traded = max(work.kv_heads, work.sequence)  # key/value heads are repeated until every sequence rank has one
     a_token = {
-        "none": element * (4 * shape.hidden + attention + 3 * wide) + statistics,
-        "selective": element * (2 * shape.hidden + attention + 2 * wide) + statistics,
+        "none": element * (4 * shape.hidden + 2 * shape.head_dim * (heads + traded) + 3 * wide) + 4 * (heads + 2),
+        "selective": element * (3 * shape.hidden + 2 * shape.head_dim * (heads + work.kv_heads) + 2 * wide) + 4 * heads,
         "full": element * shape.hidden,
     }
-    return work.rank_tokens * a_token[work.checkpointing]
+    return work.rank_tokens * a_token[work.recompute]
 
 
 def _backward_bytes(work: Workload) -> int:
-    """What one block's backward pass makes besides: three gradients as wide as its feed-forward, two as wide as the model."""
-    again = 0
-    if work.checkpointing != "none":  # a block's own, made again
-        again = block_bytes(replace(work, checkpointing="none")) - block_bytes(work)
-    wide = 3 * work.shape.ffn // work.tensor + 2 * work.shape.hidden
-    return again + work.rank_tokens * wide * work.element_bytes
+    """What one block's backward pass makes: gradients, three as wide as its feed-forward and two as wide as the model; and what is
+    computed again: both norms' results and the second one's input, rotated q and k, gate times up; or everything.
+    """
+    shape, element, split = work.shape, work.element_bytes, work.tensor
+    wide = shape.ffn // split
+    made = work.rank_tokens * element * (3 * wide + 2 * shape.hidden)
+    if work.recompute == "full":
+        made += block_bytes(replace(work, recompute="none")) - block_bytes(work)
+    elif work.recompute == "selective":
+        rotated = shape.head_dim * (shape.heads // split + max(work.kv_heads, work.sequence))
+        made += work.rank_tokens * element * (3 * shape.hidden + rotated + wide)
+    return made
 
 
 def _logits(work: Workload) -> int:
     """A chunk of logits, and the gradients that linear_cross_entropy makes in its forward pass: of x, and of the weights, which
-    are summed in fp32 where there is more than one chunk.
+    are summed in fp32 where there is more than one chunk. A tensor rank does its share of the tokens against the whole table.
     """
     shape, element = work.shape, work.element_bytes
-    everything = work.rank_tokens * shape.vocab * element
+    tokens = work.rank_tokens // work.tensor
+    everything = tokens * shape.vocab * element
     summed = element if everything <= LOGITS_BYTES else 4
-    hidden = 3 * work.rank_tokens * shape.hidden * element  # x, its norm, the gradient
+    hidden = (2 * work.rank_tokens + tokens) * shape.hidden * element  # x, its norm, the gradient
     return min(everything, LOGITS_BYTES) + shape.vocab * shape.hidden * summed + hidden
 
 
@@ -110,14 +115,14 @@ def _states(work: Workload, held: int) -> dict[str, int]:
     """What ZeRO decides about, of a rank with `held` elements of the model, of which `share` are this rank's to step."""
     element, zero, share = work.element_bytes, work.zero, -(-held // work.sharers)
     gathered = host = 0
-    if zero.stage == 0:
+    if zero.stage == 0 and not (work.pipeline > 1 and element == 2):
         wrapped = element == 2  # in fp32 the optimizer steps the weights themselves
         weights, gradients, optimizer = held * element, held * element, (12 if wrapped else 8) * held
         stepping = held * element + (4 * held if wrapped else 0)  # the gradients, and their fp32 copies
         resting = weights + optimizer
-    elif zero.stage < 3:
+    elif zero.stage < 3:  # a bf16 pipeline at stage 0 has DeepSpeed's BF16_Optimizer, which shares its state like stage 1
         # Stage 1 keeps gradients whole until they are reduced; 2 only this rank's.
-        weights, gradients, optimizer = held * element, (held if zero.stage == 1 else share) * element, 12 * share
+        weights, gradients, optimizer = held * element, (share if zero.stage == 2 else held) * element, 12 * share
         stepping = share * (element + 4)  # this rank's gradients, and the fp32 copy that the optimizer reads
         resting = weights + optimizer
     else:
@@ -143,8 +148,7 @@ def _states(work: Workload, held: int) -> dict[str, int]:
 def persistent_weights(work: Workload) -> int:
     """Elements that ZeRO-3 leaves whole everywhere: of parameters smaller than its threshold."""
     shape, threshold = work.shape, work.zero.stage3_param_persistence_threshold
-    a_head = shape.hidden * shape.head_dim
-    q, k = a_head * shape.heads // work.tensor, a_head * work.kv_heads
+    q, k = shape.hidden * shape.head_dim * shape.heads // work.tensor, work.kv_weights
     wide = shape.hidden * shape.ffn // work.tensor
     block = sum(count for count in (q, k, k, q, wide, wide, wide, shape.hidden, shape.hidden) if count < threshold)
     tables = (shape.vocab * shape.hidden,) * (1 if work.tied else 2)

@@ -52,15 +52,13 @@ def _data_parallel(work: Workload, held: int) -> list[Volume]:
     def volume(kind: str, op: str, elements: float, exposed: bool, each: float = element) -> Volume:
         return Volume(kind, op, ring(op, int(elements * each), group), group, near, exposed)
 
-    # DeepSpeed reduces in fp32 where sequences are shared, at stages 1 and 2.
-    each = 4 if zero.stage in (1, 2) and work.sequence > 1 else element
     if zero.stage < 3:
         # Stage 2 keeps only its share of the gradients, so it reduces every micro-batch; 0 and 1 the sum of all.
         times = work.accumulation if zero.stage == 2 else 1
         whole = zero.stage == 0 or not zero.reduce_scatter or zero.use_multi_rank_bucket_allreduce
         op = "all_reduce" if whole else "reduce"
         overlapped = zero.overlaps and zero.stage > 0 and work.pipeline == 1
-        gradients = volume("gradients", op, times * held, not overlapped, each)
+        gradients = volume("gradients", op, times * held, not overlapped)
         return [gradients, volume("weights", "all_gather", held, True)] if zero.stage else [gradients]
     op = "reduce_scatter" if zero.reduce_scatter else "all_reduce"
     return [
@@ -90,14 +88,26 @@ def _gathered(work: Workload, held: int, near: int) -> list[Volume]:
 
 
 def _tensor(work: Workload) -> list[Volume]:
-    """DeepSpeed's AutoTP reduces after o and down, and in the backward pass of each of q, k, v, gate and up for itself."""
-    group = work.tensor
+    """Two sums a block and pass (Shoeybi et al. 2019, arXiv 1909.08053); of the head, the table's gradient and that of its input.
+
+    Where the backward pass computes a block again, it sums attention's result again, but stops before the feed-forward's. Key and
+    value weights that every rank holds whole have their gradients summed too.
+    """
+    group, shape, element = work.tensor, work.shape, work.element_bytes
     if group == 1:
         return []
-    calls = 2 + 5 + (2 if work.checkpointing == "full" else 0)
+    near = min(group, work.per_node)
+    sums = 4 + (work.recompute != "none")
     blocks = max(work.stage_blocks(stage) for stage in range(work.pipeline))
-    payload = work.accumulation * blocks * calls * work.rank_tokens * work.shape.hidden * work.element_bytes
-    return [Volume("tensor", "all_reduce", ring("all_reduce", payload, group), group, min(group, work.per_node), True)]
+    activations = work.accumulation * blocks * sums * work.rank_tokens * shape.hidden * element
+    whole = 2 * work.kv_weights * blocks if shape.kv_heads < group else 0
+    table = work.accumulation * (shape.vocab * shape.hidden + whole) * element
+    rows = work.accumulation * work.rank_tokens * shape.hidden * element
+    return [
+        Volume("tensor", "all_reduce", ring("all_reduce", activations, group), group, near, True),
+        Volume("tensor's whole weights", "all_reduce", ring("all_reduce", table, group), group, near, True),
+        Volume("tensor's head", "all_gather", ring("all_gather", rows, group), group, near, True),
+    ]
 
 
 def _sequence(work: Workload) -> list[Volume]:
@@ -105,21 +115,30 @@ def _sequence(work: Workload) -> list[Volume]:
     group, shape = work.sequence, work.shape
     if group == 1:
         return []
-    a_token = 2 * shape.head_dim * (shape.heads + max(shape.kv_heads, group)) * work.element_bytes
-    passes = 3 if work.checkpointing == "full" else 2
-    payload = work.accumulation * passes * shape.layers * work.rank_tokens * a_token
+    a_token = 2 * shape.head_dim * (shape.heads // work.tensor + max(work.kv_heads, group)) * work.element_bytes
+    passes = 2 if work.recompute == "none" else 3
+    blocks = max(work.stage_blocks(stage) for stage in range(work.pipeline))
+    payload = work.accumulation * passes * blocks * work.rank_tokens * a_token
     near = min(group, max(1, work.per_node // work.tensor))
     return [Volume("sequence", "all_to_all", ring("all_to_all", payload, group), group, near, True)]
 
 
 def _pipeline(work: Workload) -> list[Volume]:
-    """A stage sends each micro-batch's activations on, and their gradient back; one at an end does only one of the two."""
+    """A stage sends each micro-batch's activations, positions and labels on, and the activations' gradient back; one at an end
+    does only one of the two. A tied table's gradient is summed over its two stages.
+    """
     if work.pipeline == 1:
         return []
-    ways = 1 if work.pipeline == 2 else 2
-    payload = work.accumulation * work.rank_tokens * work.shape.hidden * work.element_bytes * ways
+    shape, element = work.shape, work.element_bytes
     near = 2 if work.world // work.pipeline < work.per_node else 1
-    return [Volume("pipeline", "send", payload, 2, near, False)]
+    activations = work.rank_tokens * shape.hidden * element
+    numbers = 8 * (work.micro_batch * work.seq + work.rank_tokens)
+    payload = work.accumulation * (activations * (1 if work.pipeline == 2 else 2) + numbers)
+    table = ring("all_reduce", shape.vocab * shape.hidden * element, 2) if work.tied else 0
+    return [
+        Volume("pipeline", "send", payload, 2, near, False),
+        Volume("tied table", "all_reduce", table, 2, 1 if work.world > work.per_node else 2, True),
+    ]
 
 
 def _offload(work: Workload, held: int) -> list[Volume]:

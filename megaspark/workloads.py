@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from megaspark.flops import Shape, per_token
 
-Checkpointing = Literal["none", "selective", "full"]
+Recompute = Literal["none", "selective", "full"]
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Workload:
     pipeline: int = 1
     tensor: int = 1
     sequence: int = 1
-    checkpointing: Checkpointing = "none"
+    recompute: Recompute = "none"
     zero: Zero = field(default_factory=Zero)
     per_node: int = 8
 
@@ -102,19 +102,25 @@ class Workload:
 
     @property
     def kv_heads(self) -> int:
-        """Key and value heads on a tensor rank: copied where there are more ranks than heads."""
+        """Key and value heads that a tensor rank computes; where there are more ranks than heads, each one's own."""
         return max(1, self.shape.kv_heads // self.tensor)
+
+    @property
+    def kv_weights(self) -> int:
+        """Elements of a block's key weights on a rank, and of its value weights: whole where ranks outnumber heads."""
+        heads = self.kv_heads if self.shape.kv_heads >= self.tensor else self.shape.kv_heads
+        return self.shape.hidden * self.shape.head_dim * heads
 
     @cached_property
     def block_weights(self) -> int:
         """Elements of one block on a rank: heads and feed-forward split over tensor ranks, norms whole."""
         shape = self.shape
-        heads = 2 * shape.heads // self.tensor + 2 * self.kv_heads
-        return shape.hidden * shape.head_dim * heads + 3 * shape.hidden * shape.ffn // self.tensor + 2 * shape.hidden
+        split = 2 * shape.hidden * shape.head_dim * shape.heads + 3 * shape.hidden * shape.ffn
+        return split // self.tensor + 2 * self.kv_weights + 2 * shape.hidden
 
     @cached_property
     def layer_weights(self) -> tuple[int, ...]:
-        """Elements of embedding, blocks, and head with its norm, in order; a tied head holds a copy where it is another stage."""
+        """Elements of embedding, blocks, and head with its norm, in order; a tied head is a copy where it is in another stage."""
         table = self.shape.vocab * self.shape.hidden
         head = self.shape.hidden + (0 if self.tied and self.pipeline == 1 else table)
         return (table, *(self.block_weights,) * self.shape.layers, head)
@@ -136,7 +142,7 @@ class Workload:
 
     @property
     def bubble(self) -> float:
-        """The share of a step in which a stage waits under 1F1B: (p - 1) / (m + p - 1) (Narayanan et al. 2021, arXiv 2104.04473)."""
+        """The share of a step in which a stage waits under 1F1B: (p - 1) / (m + p - 1) (Narayanan 2021, arXiv 2104.04473)."""
         return (self.pipeline - 1) / (self.accumulation + self.pipeline - 1)
 
     @property
@@ -146,8 +152,8 @@ class Workload:
 
     @property
     def recomputed_flops(self) -> int:
-        """FLOPs of one step that full checkpointing does again: every block's forward pass, a third of its work."""
-        if self.checkpointing != "full":
+        """FLOPs of one step that are done again where whole blocks are: every block's forward pass, a third of its work."""
+        if self.recompute != "full":
             return 0
         head = 6 * self.shape.vocab * self.shape.hidden
         return (per_token(self.shape, self.seq).causal - head) * self.step_tokens // 3

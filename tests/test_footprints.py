@@ -151,7 +151,7 @@ def test_stages_divide_what_the_paper_says(stage, bytes_a_weight):
 def test_every_way_of_sharing_lessens_memory():
     """A split that the formula forgets would send people to the wrong one; none of them may raise the peak."""
     base = replace(WHOLE, world=64, zero=Zero(1), accumulation=8)
-    for change in ({"tensor": 8}, {"pipeline": 4}, {"sequence": 8}, {"checkpointing": "full"}, {"checkpointing": "selective"}):
+    for change in ({"tensor": 8}, {"pipeline": 4}, {"sequence": 8}, {"recompute": "full"}, {"recompute": "selective"}):
         assert footprint(replace(base, **change)).peak < 0.95 * footprint(base).peak, change
     peaks = [footprint(replace(base, zero=Zero(stage))).peak for stage in (0, 1, 2, 3)]
     assert peaks == sorted(peaks, reverse=True)
@@ -203,7 +203,7 @@ def test_block_bytes_by_hand():
     shape = Shape(layers=28, hidden=2048, heads=16, kv_heads=2, head_dim=128, ffn=11008, vocab=32000)
     work = Workload(shape, False, 8, 4096, 1, 1)
     assert block_bytes(work) == 4096 * (2 * 45824 + 4 * 18)
-    assert block_bytes(replace(work, checkpointing="full")) == 4096 * 2 * 2048
+    assert block_bytes(replace(work, recompute="full")) == 4096 * 2 * 2048
 
 
 if __name__ == "__main__":

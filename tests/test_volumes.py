@@ -29,7 +29,8 @@ FILES = {
     "2 overlapped, small buckets": {"stage": 2, "overlap_comm": True, "reduce_bucket_size": 10_000},
     "3": {"stage": 3, "stage3_param_persistence_threshold": THRESHOLD},
     "3, nothing kept": {
-        "stage": 3, "stage3_param_persistence_threshold": THRESHOLD, "stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 0,
+        "stage": 3, "stage3_param_persistence_threshold": THRESHOLD, "stage3_max_reuse_distance": 0,
+        "stage3_prefetch_bucket_size": 0,
     },
     "3, half kept": {
         "stage": 3, "stage3_param_persistence_threshold": 0, "stage3_max_reuse_distance": 20_000, "stage3_prefetch_bucket_size": 0,
@@ -138,7 +139,8 @@ def test_stage_2_reduces_every_micro_batch_and_stage_1_once():
 def test_zero_plus_plus_sends_what_its_paper_says():
     """Wang et al. 2023 (arXiv 2306.10209), table 1: 3 M between nodes becomes 0.75 M: half, none and a quarter of a gather."""
     plain = replace(LARGE, zero=Zero(3, stage3_max_reuse_distance=0, stage3_param_persistence_threshold=0))
-    plus = replace(plain, zero=replace(plain.zero, zero_hpz_partition_size=8, zero_quantized_weights=True, zero_quantized_gradients=True))
+    options = {"zero_hpz_partition_size": 8, "zero_quantized_weights": True, "zero_quantized_gradients": True}
+    plus = replace(plain, zero=replace(plain.zero, **options))
 
     def between_nodes(work: Workload) -> int:
         return sum(volume.sent_bytes for volume in volumes(work) if volume.crosses)
@@ -146,14 +148,17 @@ def test_zero_plus_plus_sends_what_its_paper_says():
     assert between_nodes(plus) / between_nodes(plain) == pytest.approx(0.75 / 3, rel=1e-3)
 
 
-def test_tensor_and_sequence_by_hand():
-    """Seven all-reduces a block and micro-batch in DeepSpeed's AutoTP, two exchanges of q, k, v and the result in Ulysses."""
+def test_tensor_sequence_and_pipeline_by_hand():
+    """Four sums a block and micro-batch, two exchanges of q, k, v and the result, and one activation each way."""
     tensor = replace(LARGE, tensor=8, zero=Zero(1))
-    assert sent(tensor)["tensor"] == 4 * 60 * 7 * ring("all_reduce", 4096 * 6656 * 2, 8)
+    assert sent(tensor)["tensor"] == 4 * 60 * 4 * ring("all_reduce", 4096 * 6656 * 2, 8)
     sequence = replace(LARGE, sequence=8, zero=Zero(1))
     assert sent(sequence)["sequence"] == 4 * 60 * 2 * 4 * ring("all_to_all", 512 * 6656 * 2, 8)
     pipeline = replace(LARGE, pipeline=4, zero=Zero(1))
-    assert sent(pipeline)["pipeline"] == 2 * 4 * 4096 * 6656 * 2
+    assert sent(pipeline)["pipeline"] == 4 * (2 * 4096 * 6656 * 2 + 2 * 8 * 4096)
+    for work in (tensor, sequence):
+        again = sum(sent(replace(work, recompute="full")).values())
+        assert again > sum(sent(work).values())
 
 
 if __name__ == "__main__":
