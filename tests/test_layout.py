@@ -28,7 +28,8 @@ LAYERS = (
     "train",
     "starts",
     "recorders guards",
-    "engine scorers data_prep/run data_prep/dedup",
+    "traffic_reports",
+    "engine scorers plans data_prep/run data_prep/dedup",
     "data_prep/dry_run",
     "checkpoint config proofs gguf_files data_prep/outputs data_prep/dedup_jobs",
     "data_prep/units data_prep/sketches",
@@ -45,16 +46,18 @@ LAYERS = (
     "kernels/interpreter kernels/cases",
     "packing",
     "permutations shards",
-    "hf_tokenizers output_folders text_bytes harness_tasks code_tasks completions example_files",
-    "manifests settings",
-    "rank_logs launchers",
+    "hf_tokenizers output_folders text_bytes harness_tasks code_tasks completions example_files costs comm_counters",
+    "manifests settings volumes",
+    "rank_logs launchers footprints",
+    "devices workloads",
     "ranks signals watchdogs flops energy allocators gguf_readers sandboxes confinements",
     "errors __init__",
 )
 # Neither these nor data_prep may need torch: a data job on a head node starts in a blink.
 WITHOUT_TORCH = (
     "shards", "manifests", "settings", "samples", "packing", "permutations", "overlaps",
-    "ranks", "launchers", "signals", "watchdogs", "rank_logs", "guards", "flops", "errors", "cli", "__init__", "data_prep/*",
+    "ranks", "launchers", "signals", "watchdogs", "rank_logs", "guards", "flops", "devices", "workloads", "footprints", "volumes",
+    "costs", "errors", "cli", "__init__", "data_prep/*",
 )
 HEAVY = {"torch", "deepspeed", "transformers"}
 
