@@ -15,7 +15,6 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from torch import Tensor
 
 from megaspark.errors import UserError
 from megaspark.fragments import STATE, Fragment
+from megaspark.pieces import Piece, rectangles, row_width
 from megaspark.safetensors_files import Rows, plan_shards, write_file
 from megaspark.settings import digest
 
@@ -36,15 +36,6 @@ MASTERS_FILE_BYTES = 16 * 10**9
 
 class BadCheckpoint(UserError):
     """A checkpoint that cannot be used, with the file at fault."""
-
-
-@dataclass(frozen=True)
-class Piece:
-    """Elements [start, start + length) of a flattened parameter, found in `file`."""
-
-    file: str
-    start: int
-    length: int
 
 
 class Checkpoint:
@@ -62,7 +53,7 @@ class Checkpoint:
             self.files: dict[str, dict[str, Any]] = index["files"]
             self.shapes = {name: tuple(entry["shape"]) for name, entry in index["parameters"].items()}
             self.pieces = {
-                name: sorted((Piece(*piece) for piece in entry["fragments"]), key=lambda piece: piece.start)
+                name: [Piece.listed(*piece) for piece in entry["fragments"]]
                 for name, entry in index["parameters"].items()
             }
             version, self.step = index["format"], int(self.state["step"])
@@ -92,18 +83,27 @@ class Checkpoint:
                     return f"{path} has changed: its sha256 is not the one in {INDEX}"
         return None
 
-    def read(self, name: str, kind: str = "master", start: int = 0, length: int | None = None) -> Tensor:
+    def read(
+        self, name: str, kind: str = "master", start: int = 0, length: int | None = None, columns: tuple[int, int] | None = None
+    ) -> Tensor:
         """Elements [start, start + length) of a flattened parameter's master or moment, put together from its fragments.
 
-        kind: one of fragments.STATE. Returns a 1-D fp32 tensor. Reads those elements only.
+        kind: one of fragments.STATE. columns: of which columns alone these are the elements (the first, their number). Returns a
+        1-D fp32 tensor. Reads those elements only.
         """
-        end = math.prod(self.shapes[name]) if length is None else start + length
-        out = torch.empty(end - start, dtype=torch.float32)
+        shape = self.shapes[name]
+        whole, width = math.prod(shape), row_width(shape)
+        length = (whole if columns is None else whole // width * columns[1]) - start if length is None else length
+        out = torch.empty(length, dtype=torch.float32)
+        wanted = list(rectangles(start, length, width, columns))
         for piece in self.pieces[name]:
-            first, last = max(start, piece.start), min(end, piece.start + piece.length)
-            if first < last:
-                found = self._file(piece.file).get_slice(f"{name}/{kind}")[first - piece.start : last - piece.start]
-                out[first - start : last - start] = found
+            for theirs in rectangles(piece.start, piece.length, width, piece.columns):
+                for ours in wanted:
+                    if both := theirs.common(ours):
+                        first = theirs.place(both)
+                        last = first + (both.bottom - both.top - 1) * theirs.pitch + both.right - both.left
+                        found = self._file(piece.file).get_slice(f"{name}/{kind}")[first:last]
+                        ours.view(out, both, 0).copy_(theirs.view(found, both, first))
         return out
 
     def tensor(self, name: str) -> Tensor:
@@ -128,13 +128,21 @@ class Checkpoint:
 
     def _check_coverage(self, path: Path) -> None:
         for name, pieces in self.pieces.items():
-            end = 0
-            for piece in pieces:
-                if piece.start != end or piece.length < 0 or piece.file not in self.files:
-                    raise BadCheckpoint(f"{path} is damaged: {name} has a gap or an overlap at element {end}")
-                end += piece.length
-            if end != math.prod(self.shapes[name]):
-                raise BadCheckpoint(f"{path} is damaged: {name} ends at element {end} of {math.prod(self.shapes[name])}")
+            shape = self.shapes[name]
+            whole, width = math.prod(shape), row_width(shape)
+            right = 0
+            for left, count in sorted({piece.columns or (0, width) for piece in pieces}):
+                end = 0
+                for piece in sorted(pieces, key=lambda piece: piece.start):
+                    if (piece.columns or (0, width)) == (left, count):
+                        if piece.start != end or piece.length < 0 or piece.file not in self.files:
+                            raise BadCheckpoint(f"{path} is damaged: {name} has a gap or an overlap at element {end}")
+                        end += piece.length
+                if left != right or end != whole // width * count:
+                    raise BadCheckpoint(f"{path} is damaged: columns {left} to {left + count} of {name} end at element {end}")
+                right = left + count
+            if right != width:
+                raise BadCheckpoint(f"{path} is damaged: {name} has {right} columns of {width}")
 
 
 def save(
@@ -173,7 +181,8 @@ def load(checkpoint: Checkpoint, held: Iterable[Fragment], kinds: Iterable[str] 
     with torch.no_grad():
         for fragment in held:
             for kind in kinds:
-                fragment.tensors[kind].copy_(checkpoint.read(fragment.name, kind, fragment.start, fragment.length))
+                found = checkpoint.read(fragment.name, kind, fragment.start, fragment.length, fragment.columns)
+                fragment.tensors[kind].copy_(found)
 
 
 def write_masters(
@@ -258,7 +267,8 @@ def _write_fragments(partial: Path, name: str, held: Iterable[Fragment]) -> dict
         if fragment.length:
             for kind in STATE:
                 tensors[f"{fragment.name}/{kind}"] = fragment.tensors[kind].detach().cpu().contiguous()
-            listed.append((fragment.name, list(fragment.shape), [name, fragment.start, fragment.length]))
+            piece = Piece(name, fragment.start, fragment.length, fragment.columns)
+            listed.append((fragment.name, list(fragment.shape), piece.line()))
     if not tensors:
         return {}
     path = partial / name

@@ -13,10 +13,11 @@ import torch
 from pydantic import Field, field_validator, model_validator
 
 from megaspark import settings, shards
-from megaspark.deepspeed_files import DeepSpeedFile, read_deepspeed_file
+from megaspark.deepspeed_files import read_deepspeed_file
 from megaspark.errors import UserError
 from megaspark.flops import parameters
 from megaspark.kernels.dispatch import INTERPRETED, backends, op_modules
+from megaspark.layouts import Layout, Parallel, layout
 from megaspark.models import architecture
 from megaspark.models.blocks import Execution
 from megaspark.overlaps import overlap
@@ -99,14 +100,6 @@ class Optim(Section):
         return self
 
 
-class Parallel(Section):
-    """How many processes share one copy of the model, by kind; the others are data-parallel."""
-
-    pipeline: int = Field(1, gt=0)
-    tensor: int = Field(1, gt=0)
-    sequence: int = Field(1, gt=0)
-
-
 class Run(Section):
     """How long, how much at a time, and where it is kept."""
 
@@ -118,11 +111,14 @@ class Run(Section):
     seed: int = Field(1234, ge=0)
     precision: Literal["bf16", "fp32", "fp8"] = Field("bf16", description="fp8: bf16 with the blocks' linears in 8 bits")
     fp8_scaling: Literal["tensor", "row"] = Field("tensor", description="one scale for a whole operand, or one a row")
+    recompute: Literal["none", "selective", "full"] = Field(
+        "none", description="what the backward computes again: nothing, all but matrix products and attention, or whole blocks"
+    )
     compile: bool = Field(False, description="torch.compile of every block: minutes at the start, faster steps")
     save_every: int = Field(1000, ge=0, description="steps between checkpoints; 0 = only the last")
     keep_last: int = Field(2, ge=0, description="checkpoints kept; 0 = all")
     eval_every: int = Field(1000, ge=0, description="steps between evaluations; 0 = never")
-    eval_batches: int = Field(4, gt=0, description="global batches of validation samples in one evaluation")
+    eval_batches: int = Field(4, gt=0, description="global batches of samples of each validation dataset in one evaluation")
     resume: Literal["auto", "required", "never"] = "auto"
     init_from: str | None = Field(None, description="a checkpoint or run folder whose weights step 0 starts from")
     stop_after: int | None = Field(None, gt=0, description="end early at this step, with a checkpoint")
@@ -156,7 +152,8 @@ class RunConfig(Section, Generic[ModelT]):
     @property
     def execution(self) -> Execution:
         """How the model is to compute."""
-        return Execution(self.kernels, self.run.fp8_scaling if self.run.precision == "fp8" else None, self.optim.z_loss)
+        fp8 = self.run.fp8_scaling if self.run.precision == "fp8" else None
+        return Execution(self.kernels, fp8, self.optim.z_loss, self.run.recompute)
 
     @property
     def folder(self) -> Path:
@@ -166,17 +163,6 @@ class RunConfig(Section, Generic[ModelT]):
     def resolved(self) -> dict[str, Any]:
         """Every setting, defaults included, as plain data."""
         return self.model_dump(mode="json")
-
-
-@dataclass(frozen=True)
-class Layout:
-    """What follows from a config and a number of processes."""
-
-    world: int
-    data_parallel: int
-    accumulation: int
-    deepspeed: dict[str, Any]
-    stage: int
 
 
 @dataclass(frozen=True)
@@ -217,8 +203,8 @@ def check_run(config: RunConfig[Any], tree: Tree, world: int) -> Checked:
     """
     place = tree.place("deepspeed").rpartition(":")[0]
     file = read_deepspeed_file(config.deepspeed, Path(place).parent if Path(place).is_file() else None)
-    layout = _layout(config, file, world)
-    _check_kernels(config, layout)
+    checked_layout = layout(config, file, world)
+    _check_kernels(config, checked_layout)
     train = open_datasets(config.data.train)
     validation = open_datasets(config.data.validation) if config.data.validation else {}
     if config.run.eval_every and not validation and tree.place("run.eval_every") != "default":
@@ -229,43 +215,12 @@ def check_run(config: RunConfig[Any], tree: Tree, world: int) -> Checked:
     if validation and (found := overlap(train, validation)):
         raise UserError(f"{found}; a loss on it would say nothing: set data.validation to data that are not trained on")
     _check_disk(config)
-    return Checked(config, layout, train, validation)
+    return Checked(config, checked_layout, train, validation)
 
 
 def open_datasets(path: str) -> dict[str, shards.TokenDataset]:
     """The datasets under a folder by name; raises UserError naming the prep command where there are none."""
     return {name: shards.TokenDataset(folder) for name, folder in shards.datasets_in(path).items()}
-
-
-def _layout(config: RunConfig[Any], file: DeepSpeedFile, world: int) -> Layout:
-    parallel, run = config.parallel, config.run
-    if parallel.pipeline > 1 and file.stage > 1:
-        raise UserError(
-            f"parallel.pipeline = {parallel.pipeline} cannot go with ZeRO stage {file.stage} ({file.path}): "
-            "a pipeline needs its gradients whole; set deepspeed=zero1.json"
-        )
-    for kind, size in parallel:
-        if size > 1:
-            raise UserError(f"parallel.{kind} = {size}: only 1 is built yet; zero3.json shares one model among processes")
-    data_parallel = world
-    per_pass = run.micro_batch * data_parallel
-    if run.global_batch % per_pass:
-        legal = [w for w in range(world, 0, -1) if run.global_batch % (run.micro_batch * w) == 0]
-        near = max(1, (run.global_batch + per_pass // 2) // per_pass) * per_pass
-        other = f" or {legal[0]} processes" if legal else ""
-        raise UserError(
-            f"run.global_batch = {run.global_batch} does not divide into run.micro_batch = {run.micro_batch} x "
-            f"{data_parallel} processes; nearest: run.global_batch={near}{other}"
-        )
-    accumulation = run.global_batch // per_pass
-    owned = {
-        "train_batch_size": run.global_batch,
-        "train_micro_batch_size_per_gpu": run.micro_batch,
-        "gradient_accumulation_steps": accumulation,
-        "gradient_clipping": config.optim.clip,
-        "bf16.enabled": run.precision != "fp32",
-    }
-    return Layout(world, data_parallel, accumulation, file.resolved(owned), file.stage)
 
 
 def _check_kernels(config: RunConfig[Any], layout: Layout) -> None:
@@ -281,6 +236,11 @@ def _check_kernels(config: RunConfig[Any], layout: Layout) -> None:
             f"run.compile = true cannot go with ZeRO stage 3 ({config.deepspeed}), which gathers a module's weights around its "
             "call; set deepspeed=zero2.json or run.compile=false"
         )
+    if config.run.compile and config.run.recompute == "selective":
+        raise UserError(
+            "run.recompute = selective cannot go with run.compile = true, which chooses by itself what it computes again; "
+            "set run.recompute=none or full"
+        )
     if config.run.precision == "fp8":
         model, tokens = config.model, config.run.micro_batch * config.data.seq
         if model.layers < 3:
@@ -292,9 +252,13 @@ def _check_kernels(config: RunConfig[Any], layout: Layout) -> None:
             "model.hidden": model.hidden, "model.ffn": model.ffn, "heads x head_dim": model.heads * model.dim,
             "kv_heads x head_dim": model.kv_heads * model.dim, "run.micro_batch x data.seq": tokens,
         }  # fmt: skip
+        parts = config.parallel.tensor * config.parallel.sequence
         for name, width in widths.items():
-            if width % FP8_MULTIPLE:
-                raise UserError(f"run.precision = fp8 needs {name} = {width} to divide by {FP8_MULTIPLE}; set run.precision=bf16")
+            if width % (FP8_MULTIPLE * parts):
+                raise UserError(
+                    f"run.precision = fp8 needs {name} = {width} to divide by {FP8_MULTIPLE}"
+                    f"{f' x {parts} parts' if parts > 1 else ''}; set run.precision=bf16"
+                )
 
 
 def _check_data(config: RunConfig[Any], datasets: dict[str, shards.TokenDataset]) -> None:

@@ -1,4 +1,4 @@
-"""A checked run becomes a DeepSpeed engine behind one face: step(batches) -> loss, evaluate(batches) -> loss.
+"""A checked run becomes a DeepSpeed engine behind one face: step(batches) -> loss, evaluate(batches) -> losses.
 
 Weights start from (seed, name) in every layout; the fp32 master starts from what the model computes with, so a bf16 run
 starts from the same bf16 bits under every ZeRO stage.
@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,10 +19,13 @@ from megaspark import fragments, launchers
 from megaspark.allocators import keep_pages
 from megaspark.batches import Batch
 from megaspark.config import Checked
-from megaspark.models import architecture
-from megaspark.models.blocks import Execution
+from megaspark.fragments import Fragment
+from megaspark.groups import Group, Groups
+from megaspark.layouts import Layout, Place
+from megaspark.models.blocks import IGNORED
 from megaspark.optim import adamw
 from megaspark.ranks import Ranks, threads_per_process
+from megaspark.weights import fill, make_model, parts
 
 
 @dataclass(frozen=True)
@@ -41,25 +44,61 @@ class Engine:
     """The model, its optimizer and its gradients, spread over all processes as the run's layout says."""
 
     def __init__(self, checked: Checked, ranks: Ranks) -> None:
-        config = checked.config
+        config, layout = checked.config, checked.layout
+        self.layout, self.place = layout, layout.place(ranks.rank)
         self.documents = config.data.document_mask
+        self.clip = config.optim.clip
         self.device = join(ranks)
-        # Without ZeRO and in fp32 there is no wrapper around the optimizer, and nobody else keeps the gradient's norm.
-        self.plain = checked.layout.stage == 0 and config.run.precision == "fp32"
-        import deepspeed  # after the accelerator was settled; takes seconds
+        self._shape: torch.Size | None = None
+        # After the accelerator was settled; takes seconds.
+        import deepspeed
+        from deepspeed.runtime.pipe.topology import PipelineParallelGrid
 
+        from megaspark.pipelines import topology
+
+        warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # DeepSpeed's calls, not ours
+        # Without ZeRO and in fp32 there is no wrapper around the optimizer, and nobody else keeps or clips the gradient's norm.
+        self.plain = layout.stage == 0 and config.run.precision == "fp32"
+        settings = {"steps_per_print": 1 << 40, **layout.deepspeed}
+        if self.plain:
+            settings["gradient_clipping"] = 0.0
+        grid = None
+        if layout.pipeline == 1 and layout.tensor > 1:
+            grid = PipelineParallelGrid(topology(layout))
+        deepspeed.utils.groups.mpu = grid  # DeepSpeed keeps that of an engine before this one
+        model = self._model(config, settings, grid)
+        optim = config.optim
+        optimizer = adamw(model, optim.lr, optim.betas, optim.eps, optim.weight_decay)
+        if self.plain:
+            optimizer.register_step_pre_hook(lambda *_: self._measure_and_clip())
+        if layout.pipeline > 1 or layout.tensor > 1:
+            for parameter in model.parameters():  # DeepSpeed asks whether the norm of the gradient counts this copy
+                parameter.model_parallel = parameter.part.counted
+        self.norm = 0.0
+        self.deepspeed, *_ = deepspeed.initialize(
+            model=model, optimizer=optimizer, config=settings, mpu=grid, dist_init_required=False
+        )
+        fragments.discard_build_step(self.deepspeed)
+        fragments.prepare(self.deepspeed)
+
+    def _model(self, config: Any, settings: dict[str, Any], grid: Any) -> nn.Module:
+        """This process's part of the model, with its first weights; at ZeRO stage 3 partitioned layer by layer."""
+        layout, place = self.layout, self.place
         dtype = torch.float32 if config.run.precision == "fp32" else torch.bfloat16
-        model = build_model(config.model, config.run.seed, config.execution).to(self.device, dtype)
+        model = make_model(config.model, replace(config.execution, groups=_groups(layout, place)))
+        if layout.pipeline > 1:
+            from megaspark.pipelines import Pipeline, stage_bounds, stage_parts
+
+            bounds = stage_bounds(config.model, layout.pipeline)
+            held = stage_parts(model, bounds, place.pipeline, place.tensor)
+        else:
+            held = parts(model, place.tensor)
+        partition = _Partition(settings, dtype, grid) if layout.stage == 3 else lambda layer: None
+        fill(model, held, config.run.seed, dtype, self.device, partition)
         if config.run.compile:
             for block in model.blocks:
                 block.compile()
-        optim = config.optim
-        optimizer = adamw(model, optim.lr, optim.betas, optim.eps, optim.weight_decay)
-        settings = {"steps_per_print": 1 << 40, **checked.layout.deepspeed}
-        warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # DeepSpeed's calls, not ours
-        self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, dist_init_required=False)
-        fragments.discard_build_step(self.deepspeed)
-        fragments.prepare(self.deepspeed)
+        return Pipeline(model, bounds, layout, self.documents) if layout.pipeline > 1 else model
 
     def step(self, batches: Iterable[Batch], lr: float, asked: Callable[[], Sequence[float]] = tuple) -> StepResult:
         """One optimizer step at rate `lr` over this process's micro-batches (their number is the accumulation).
@@ -69,22 +108,50 @@ class Engine:
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = lr
         self.deepspeed.train()
-        losses, norm = [], None
-        for batch in batches:
-            loss = self._loss(batch)
-            self.deepspeed.backward(loss)
-            if self.plain and self.deepspeed.is_gradient_accumulation_boundary():
-                norm = torch.nn.utils.get_total_norm([p.grad for p in self.deepspeed.module.parameters() if p.grad is not None])
-            self.deepspeed.step()
-            losses.append(loss.detach())
+        if self.layout.pipeline > 1:
+            self.deepspeed.train_batch(self._flows(list(batches)))
+            losses = self.deepspeed.fwd_outputs
+        else:
+            losses = []
+            for batch in batches:
+                loss = self._loss(batch)
+                self.deepspeed.backward(loss)
+                self.deepspeed.step()
+                losses.append(loss.detach())
         loss, *sums = self._mean(losses, asked())
-        return StepResult(loss, float(self.deepspeed.get_global_grad_norm() if norm is None else norm), tuple(sums))
+        return StepResult(loss, float(self.norm if self.plain else self.deepspeed.get_global_grad_norm()), tuple(sums))
 
     @torch.no_grad()
-    def evaluate(self, batches: Iterable[Batch]) -> float:
-        """The mean loss over everybody's micro-batches; every process must bring equally many."""
+    def evaluate(self, batches: Iterable[Batch]) -> list[float]:
+        """The mean loss of each of everybody's micro-batches: the first one of every process, then the second of every one.
+
+        Every process must bring equally many. A micro-batch none of whose labels count has a loss of 0.
+        """
         self.deepspeed.eval()
-        return self._mean([self._loss(batch) for batch in batches])[0]
+        batches = list(batches)
+        if self.layout.pipeline == 1:
+            losses = [self._loss(batch) for batch in batches]
+        else:
+            flows = self._flows(batches)
+            self.deepspeed.eval_batch(flows, reduce_output=None, bcast_loss=False, num_micro_batches=len(batches))
+            losses = self.deepspeed.fwd_outputs
+        sums = torch.zeros(len(batches), 2, dtype=torch.float64, device=self.device)  # nats, and the tokens that have a label
+        if self._speaks:
+            counts = [(self._mine(batch).labels_BS != IGNORED).sum() for batch in batches]
+            sums[:, 1] = torch.stack(counts)
+            sums[:, 0] = torch.stack(losses).double() * sums[:, 1]
+        everybody = [torch.empty_like(sums) for _ in range(self.layout.world)]
+        torch.distributed.all_gather(everybody, sums)
+        whole = torch.zeros(len(batches), self.layout.data_parallel, 2, dtype=torch.float64, device=self.device)
+        for rank, theirs in enumerate(everybody):
+            whole[:, self.layout.place(rank).data] += theirs
+        nats, tokens = whole.flatten(0, 1).unbind(1)
+        return torch.where(tokens > 0, nats / tokens, 0.0).tolist()
+
+    def owned(self) -> Iterator[Fragment]:
+        """The pieces of fp32 state that this process has to save: of those that several hold, one speaks for all."""
+        alike = fragments.whole(self.deepspeed) and (self.place.data or self.place.sequence)
+        return (fragment for fragment in fragments.fragments(self.deepspeed) if fragment.counted and not alike)
 
     def gather(self, value: Any) -> list[Any]:
         """Every process's `value`, on every process, in order of rank."""
@@ -100,34 +167,60 @@ class Engine:
         """Returns when every process has come here: after it, one may end without disturbing the others."""
         torch.distributed.barrier()
 
+    @property
+    def _speaks(self) -> bool:
+        """Whether this process has losses, and is the one to speak for those that have the same."""
+        return self.place.pipeline == self.layout.pipeline - 1 and self.place.tensor == 0
+
+    def _mine(self, batch: Batch) -> Batch:
+        """On the device, the tokens and labels of this process's part of the sequence, and the positions of all of it."""
+        tokens, labels, positions = (None if t is None else t.to(self.device, non_blocking=True) for t in batch)
+        parts, part = self.layout.sequence, self.place.sequence
+        return Batch(tokens.chunk(parts, 1)[part], labels.chunk(parts, 1)[part], positions)
+
     def _loss(self, batch: Batch) -> torch.Tensor:
-        tensors = [None if t is None else t.to(self.device, non_blocking=True) for t in batch]
-        return self.deepspeed(tensors[0], tensors[2], tensors[1])
+        tokens, labels, positions = self._mine(batch)
+        return self.deepspeed(tokens, positions, labels)
+
+    def _flows(self, batches: list[Batch]) -> Iterator[tuple[Any, torch.Tensor]]:
+        """Micro-batches as the first stage of a pipeline takes them; the last one's own labels come along with the flow."""
+        shape = batches[0].tokens_BS.shape
+        if shape != self._shape:
+            self._shape = shape
+            self.deepspeed.reset_activation_shape()
+        return map(self._flow, batches)
+
+    def _flow(self, batch: Batch) -> tuple[Any, torch.Tensor]:
+        tokens, labels, positions = self._mine(batch)
+        if positions is None:
+            rows, seq = batch.tokens_BS.shape
+            positions = torch.arange(seq, device=self.device).repeat(rows, 1)
+        return (tokens, positions, labels), labels
+
+    def _measure_and_clip(self) -> None:
+        """The norm of the whole gradient, and the gradient no longer than `clip`; each copied parameter counts once."""
+        module = self.deepspeed.module
+        held = [parameter for parameter in module.parameters() if parameter.grad is not None]
+        norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in held if parameter.part.counted])
+        if self.layout.pipeline > 1 or self.layout.tensor > 1:
+            squared = norm.square()
+            torch.distributed.all_reduce(squared, group=self.deepspeed.mpu.get_model_parallel_group())
+            norm = squared.sqrt()
+        if self.clip:
+            torch.nn.utils.clip_grads_with_norm_(held, self.clip, norm)
+        self.norm = norm.item()
 
     def _mean(self, losses: list[torch.Tensor], also: Sequence[float] = ()) -> list[float]:
-        """The mean loss over all processes, and the sums of what each brings besides."""
+        """The mean loss over all processes that have one, and the sums of what each process brings besides."""
         # Equal numbers of tokens everywhere: the mean of means is the mean. Summed in fp64, so the order hardly matters.
-        loss, *sums = self._totals([torch.stack(losses).double().mean().item(), *also])
-        return [loss / torch.distributed.get_world_size(), *sums]
+        mine = torch.stack(losses).double().mean().item() if self._speaks else 0.0
+        loss, *sums = self._totals([mine, *also])
+        return [loss / self.layout.replicas, *sums]
 
     def _totals(self, values: list[float]) -> list[float]:
         summed = torch.tensor(values, dtype=torch.float64, device=self.device)
         torch.distributed.all_reduce(summed)
         return summed.tolist()
-
-
-def build_model(config: Any, seed: int, execution: Execution) -> nn.Module:
-    """The architecture's model in fp32 on the CPU, every weight filled from (seed, its name)."""
-    model = architecture(config.arch).Model(config, execution)
-    model.initialize_(seed)
-    return model
-
-
-def parameter_shapes(config: Any) -> dict[str, tuple[int, ...]]:
-    """Every parameter's shape by name, without making any of them."""
-    with torch.device("meta"):
-        model = architecture(config.arch).Model(config)
-    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
 
 def settle_accelerator() -> None:
@@ -152,3 +245,39 @@ def join(ranks: Ranks) -> torch.device:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo", verbose=False)
     return device
+
+
+class _Partition:
+    """Spreads layers over the data-parallel processes as soon as they are filled: no process ever holds the whole model."""
+
+    def __init__(self, settings: dict[str, Any], dtype: torch.dtype, grid: Any) -> None:
+        self.settings, self.dtype, self.grid = settings, dtype, grid
+        self.partitioner: Any = None
+
+    def __call__(self, layer: nn.Module) -> None:
+        import deepspeed
+
+        if self.partitioner is None:
+            group = self.grid.get_data_parallel_group() if self.grid else None
+            self.partitioner = deepspeed.zero.Init(
+                layer, config_dict_or_path=self.settings, dtype=self.dtype, mpu=self.grid, data_parallel_group=group
+            )
+        else:
+            self.partitioner._convert_to_zero_parameters(layer.parameters())
+
+
+def _groups(layout: Layout, place: Place) -> Groups:
+    """The process groups that this process shares samples with; every process makes all of them, in the same order."""
+    found = {"tensor": Group(), "sequence": Group()}
+    for kind in found:
+        size = getattr(layout, kind)
+        if size == 1:
+            continue
+        for rank in range(layout.world):
+            first = layout.place(rank)
+            if getattr(first, kind) == 0:
+                ranks = [layout.rank(replace(first, **{kind: number})) for number in range(size)]
+                handle = torch.distributed.new_group(ranks)
+                if layout.rank(place) in ranks:
+                    found[kind] = Group(getattr(place, kind), size, handle)
+    return Groups(**found)

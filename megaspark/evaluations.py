@@ -19,8 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megaspark.batches import document_positions
+from megaspark.errors import UserError
 from megaspark.shards import TokenDataset
-from megaspark.text_bytes import TokenBytes
+from megaspark.text_bytes import TokenBytes, read_token_bytes
 
 CHUNK_TOKENS = 1024  # of fp32 logits at a time
 # tokens [B, S] int64, positions [B, S] int64 or None (one document each) -> logits [B, S, V], any float dtype
@@ -70,7 +71,7 @@ class Score:
         """exp(loss): among how many equally likely tokens the model wavers."""
         if self.loss is None:
             return None
-        return math.exp(self.loss) if self.loss < 700 else math.inf
+        return math.inf if self.loss >= 700 else math.exp(self.loss)
 
     @property
     def bits_per_byte(self) -> float | None:
@@ -128,21 +129,16 @@ def evaluate(
 
     The bytes are the manifest's where the whole dataset is scored and it counted them, else those of `token_bytes`.
     """
-    manifest = dataset.manifest
-    specials = {i for i in (manifest.eos_id, manifest.bos_id) if i is not None}
     chosen = chosen_windows(dataset.tokens, reading)
-    total = Score(text_bytes=0 if token_bytes else None)
+    total = Score(text_bytes=text_bytes(dataset, chosen, token_bytes))
     for start in range(0, len(chosen), reading.batch):
         part = chosen[start : start + reading.batch]
-        inputs_BS, labels_BS, scored_BS = _rows(dataset, part)
+        inputs_BS, labels_BS, scored_BS = window_rows(dataset, part, len(part), max(window.end - window.start for window in part))
         positions = torch.from_numpy(document_positions(inputs_BS, dataset.eos_id)) if reading.documents else None
         losses_BS = token_losses(logits(torch.from_numpy(inputs_BS), positions), torch.from_numpy(labels_BS))
-        nats = float(losses_BS[torch.from_numpy(scored_BS)].double().sum())
-        labels_N, inputs_N = labels_BS[scored_BS], inputs_BS[scored_BS]
-        total.add(Score(len(labels_N), nats, token_bytes.count(labels_N, inputs_N, specials) if token_bytes else None))
-        progress(len(labels_N))
-    if total.tokens == dataset.tokens and manifest.text_bytes:
-        total.text_bytes = manifest.text_bytes
+        total.tokens += int(scored_BS.sum())
+        total.nats += float(losses_BS[torch.from_numpy(scored_BS)].double().sum())
+        progress(int(scored_BS.sum()))
     return total
 
 
@@ -158,17 +154,48 @@ def token_losses(logits_BSV: Tensor, labels_BS: Tensor) -> Tensor:
     return torch.cat(losses).view(labels_BS.shape)
 
 
-def _rows(dataset: TokenDataset, part: Sequence[Window]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Inputs and labels [B, S] int64 of some windows, and where they are scored [B, S] bool; short ones are filled with EOS."""
-    longest = max(window.end - window.start for window in part)
-    inputs_BS = np.full((len(part), longest), dataset.eos_id, np.int64)
+def window_rows(
+    dataset: TokenDataset, part: Sequence[Window], rows: int, seq: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Inputs and labels [rows, seq] int64 of some windows, and where they are scored, bool of that shape.
+
+    Short windows and rows to spare are filled with EOS, which is not scored.
+    """
+    inputs_BS = np.full((rows, seq), dataset.eos_id, np.int64)
     labels_BS, scored_BS = inputs_BS.copy(), np.zeros(inputs_BS.shape, bool)
     for row, (start, end, first) in enumerate(part):
-        read = dataset.read(max(0, start - 1), end - max(0, start - 1))
-        labels_BS[row, : end - start] = read[-(end - start) :]
-        inputs_BS[row, : end - start] = read[:-1] if start else [dataset.eos_id, *read[:-1]]
+        labels_BS[row, : end - start], inputs_BS[row, : end - start] = _read(dataset, start, end)
         scored_BS[row, first - start : end - start] = True
     return inputs_BS, labels_BS, scored_BS
+
+
+def text_bytes(dataset: TokenDataset, chosen: Sequence[Window], token_bytes: TokenBytes | None) -> int | None:
+    """Bytes of the text that the scored tokens of some windows stand for; None where they cannot be counted.
+
+    The manifest's where the windows score the whole dataset and it counted them, else those of `token_bytes`.
+    """
+    manifest = dataset.manifest
+    if manifest.text_bytes and sum(window.end - window.first for window in chosen) == dataset.tokens:
+        return manifest.text_bytes
+    if token_bytes is None:
+        return None
+    specials = {i for i in (manifest.eos_id, manifest.bos_id) if i is not None}
+    counts = [token_bytes.count(*_read(dataset, window.first, window.end), specials) for window in chosen]
+    return None if None in counts else sum(counts)
+
+
+def token_bytes_of(dataset: TokenDataset) -> TokenBytes | None:
+    """The table of a dataset's tokenizer, or None where its bytes cannot be counted."""
+    try:
+        return read_token_bytes(dataset.folder / dataset.manifest.tokenizer)
+    except UserError:
+        return None
+
+
+def _read(dataset: TokenDataset, start: int, end: int) -> tuple[np.ndarray, np.ndarray]:
+    """Targets [start, end) of a stream, and the token before each of them: (labels, inputs), each (end - start,)."""
+    read = dataset.read(max(0, start - 1), end - max(0, start - 1))
+    return read[-(end - start) :], read[:-1] if start else np.concatenate([[dataset.eos_id], read[:-1]])
 
 
 def tokens_to_score(datasets: Sequence[TokenDataset], reading: Reading) -> int:

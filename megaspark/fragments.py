@@ -1,7 +1,8 @@
 """Which part of which parameter's fp32 master and moments this process holds, as views into DeepSpeed's own buffers.
 
 Every ZeRO stage stores the optimizer's state in a shape of its own: whole parameters (stage 0), flat partitions with a map
-from parameters (1, 2), flat partitions of partitioned parameters (3). `fragments` shows all of them alike, so that one
+from parameters (1, 2), flat partitions of partitioned parameters (3), of all layers or of a stage's, of whole parameters or of
+shares of them (`groups.Part`, which each parameter bears). `fragments` shows all of them alike, so that one
 checkpoint format serves every layout. Reads private attributes of DeepSpeed 0.19; setup pins the version, tests hold the bits.
 """
 
@@ -14,15 +15,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megaspark.groups import Part
+
 MOMENTS = ("exp_avg", "exp_avg_sq")
 STATE = ("master", *MOMENTS)
 
 
 @dataclass(frozen=True)
 class Fragment:
-    """A run of elements of one parameter: [start, start + length) of its flattened form.
+    """A run of elements of one parameter: [start, start + length) of its flattened form, or of that of some of its columns.
 
-    tensors: "master", "exp_avg" and "exp_avg_sq", each a 1-D fp32 view [length] into the engine's memory.
+    shape: of the whole parameter. columns: the first one and their number; None: all. tensors: "master", "exp_avg" and
+    "exp_avg_sq", each a 1-D fp32 view [length] into the engine's memory. counted: whether this process's copy is the one to save.
     """
 
     name: str
@@ -30,6 +34,8 @@ class Fragment:
     start: int
     length: int
     tensors: dict[str, Tensor]
+    columns: tuple[int, int] | None = None
+    counted: bool = True
 
 
 def prepare(engine: Any) -> None:
@@ -63,19 +69,19 @@ def fragments(engine: Any) -> Iterator[Fragment]:
     if _unfused(optimizer):
         pairs = zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True)
         masters = {id(model): master for models, fp32 in pairs for model, master in zip(models, fp32, strict=True)}
-    for name, parameter in engine.module.named_parameters():
+    for parameter in engine.module.parameters():
         if hasattr(parameter, "ds_id"):
-            yield _stage3(name, parameter, optimizer, base)
+            yield _stage3(parameter, optimizer, base)
         elif hasattr(parameter, "_hp_mapping"):
             mapping = parameter._hp_mapping
             if mapping is not None:  # None: all of it lies on other processes
                 tensors = {"master": mapping.hp_fragment.data, **{key: mapping.optim_fragment[key] for key in MOMENTS}}
                 address = mapping.lp_fragment_address
-                yield Fragment(name, tuple(parameter.shape), address.start, address.numel, tensors)
+                yield _fragment(parameter.part, address.start, address.numel, tensors)
         else:
             master = masters.get(id(parameter), parameter)
             tensors = {"master": master.data.view(-1), **{key: base.state[master][key].view(-1) for key in MOMENTS}}
-            yield Fragment(name, tuple(parameter.shape), 0, parameter.numel(), tensors)
+            yield _fragment(parameter.part, 0, parameter.numel(), tensors)
 
 
 def set_step(engine: Any, step: int) -> None:
@@ -111,14 +117,19 @@ def whole(engine: Any) -> bool:
     return not hasattr(optimizer, "fp32_partitioned_groups_flat") and not hasattr(optimizer, "update_lp_params")
 
 
-def _stage3(name: str, parameter: Any, optimizer: Any, base: Any) -> Fragment:
+def _fragment(part: Part, start: int, length: int, tensors: dict[str, Tensor]) -> Fragment:
+    """From the place in this process's part of the parameter."""
+    return Fragment(part.name, part.shape, part.offset + start, length, tensors, part.columns, part.counted)
+
+
+def _stage3(parameter: Any, optimizer: Any, base: Any) -> Fragment:
     group, offset, partition = optimizer.grad_position[optimizer.get_param_id(parameter)]
     start = optimizer._get_param_partition_rank(parameter) * partition
     length = max(0, min(partition, parameter.ds_numel - start))  # the last partition is padded
     flat = optimizer.fp32_partitioned_groups_flat[group]
     tensors = {"master": flat.data, **{key: base.state[flat][key] for key in MOMENTS}}
     views = {key: tensor.narrow(0, offset, length) for key, tensor in tensors.items()}
-    return Fragment(name, tuple(parameter.ds_shape), start, length, views)
+    return _fragment(parameter.part, start, length, views)
 
 
 def _base(optimizer: Any) -> Any:

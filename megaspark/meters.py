@@ -11,15 +11,18 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections import deque
+from collections.abc import Callable, Collection, Mapping
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from megaspark.flops import Flops
 from megaspark.manifests import write_atomically
+from megaspark.terminals import SEPARATOR
 
 METRICS = "metrics.jsonl"
+LATEST_STEPS, LATEST_PAUSES = 100, 4  # from which the time left is estimated
 Line = dict[str, Any]
 
 
@@ -36,9 +39,15 @@ class StepMeter:
         self.memory_bytes = memory_bytes or peak_memory_bytes
         self._since = time.perf_counter()
 
-    def restart(self) -> None:
-        """Begins the next step's time now: what went before (an evaluation, a checkpoint) is no training time."""
-        self._since = time.perf_counter()
+    @property
+    def since_s(self) -> float:
+        """Seconds since the last step, or since `restart`."""
+        return time.perf_counter() - self._since
+
+    def restart(self) -> float:
+        """Begins the next step's time now: what went before (an evaluation, a checkpoint) is no training time. Returns its s."""
+        before, self._since = self._since, time.perf_counter()
+        return self._since - before
 
     def line(self, *, step: int, tokens: int, loss: float, lr: float, grad_norm: float | None, joules: float | None) -> Line:
         """The figures of one optimizer step; `tokens` are the run's so far, `joules` this step's, None if not measured."""
@@ -61,6 +70,56 @@ class StepMeter:
             "joules_per_token": None if joules is None else joules / self.tokens,
             "memory_bytes": self.memory_bytes(),
         }
+
+
+class Pauses(NamedTuple):
+    """What interrupts training after every `every`-th step (0: after none) and, if `at_end`, after the last one."""
+
+    every: int
+    at_end: bool
+
+    def left(self, step: int, last: int) -> int:
+        """How many are to come when `step` was just taken, its own included."""
+        regular = last // self.every - (step - 1) // self.every if self.every else 0
+        return regular + (self.at_end and not (self.every and last % self.every == 0))
+
+
+class TimeLeft:
+    """When the last step, and every evaluation and save until then, will be done, if they last as the latest ones did."""
+
+    def __init__(self, last: int, pauses: Mapping[str, Pauses]) -> None:
+        self.last, self.pauses = last, pauses
+        self._took: dict[str, deque[float]] = {kind: deque(maxlen=LATEST_PAUSES) for kind in pauses}
+        self.steps_change()
+
+    def steps_change(self) -> None:
+        """Steps are of another length from now on."""
+        self._steps: deque[float] = deque(maxlen=LATEST_STEPS)
+        self._first_s: float | None = None  # the first one compiles and allocates: nobody takes it for the others but alone
+
+    def stepped(self, seconds: float) -> None:
+        """Takes in what a step lasted."""
+        if self._first_s is None:
+            self._first_s = seconds
+        else:
+            self._steps.append(seconds)
+
+    def paused(self, kind: str, seconds: float) -> None:
+        """Takes in what an evaluation or a save lasted."""
+        self._took[kind].append(seconds)
+
+    def told(self, step: int) -> str:
+        """The time left after `step`; with a + where evaluations or saves come that nobody has timed in this start."""
+        seconds, more = (self.last - step) * _mean(self._steps or [self._first_s or 0.0]), False
+        for kind, pauses in self.pauses.items():
+            if count := pauses.left(step, self.last):
+                took = self._took[kind]
+                seconds, more = seconds + count * _mean(took), more or not took
+        return f"{timedelta(seconds=round(seconds))}{'+' if more else ''}"
+
+
+def _mean(values: Collection[float]) -> float:
+    return sum(values) / len(values) if values else 0.0
 
 
 class MetricsLog:
@@ -127,18 +186,29 @@ def to_json(line: Mapping[str, Any]) -> str:
     return json.dumps(out, allow_nan=False)
 
 
-def terminal_line(line: Mapping[str, Any], last_step: int) -> str:
-    """A step's figures in one readable line, without those not measured. The ETA takes the steps to come for like this."""
-    parts = [f"step {line['step']:,}/{last_step:,}", f"loss {line['loss']:.4f}", f"lr {line['lr']:.2e}"]
-    if line["grad_norm"] is not None:
-        parts.append(f"grad norm {line['grad_norm']:.3f}")
+def terminal_line(line: Mapping[str, Any], last_step: int, time_left: str) -> str:
+    """A step's figures in one readable line, without those not measured; what a narrow terminal should show comes first."""
+    parts = [f"step {line['step']:,}/{last_step:,}", f"loss {line['loss']:.4f}", f"ETA {time_left}"]
     parts.append(f"{line['tokens_per_s']:,.0f} tokens/s")
     if line["mfu"] is not None:
         parts.append(f"MFU {line['mfu']:.1%}")
     if line["joules_per_token"] is not None:
         parts.append(f"{line['joules_per_token']:.3g} J/token")
-    eta = timedelta(seconds=round((last_step - line["step"]) * line["step_s"]))
-    return " | ".join([*parts, f"ETA {eta}"])
+    parts.append(f"lr {line['lr']:.2e}")
+    if line["grad_norm"] is not None:
+        parts.append(f"grad norm {line['grad_norm']:.3f}")
+    return SEPARATOR.join(parts)
+
+
+def evaluation_line(step: int, lines: Mapping[str, Line], seconds: float) -> str:
+    """An evaluation's figures in one readable line: of all sources together, then the loss of each, if there are several."""
+    *sources, (whole, total) = lines.items()
+    parts = [f"step {step:,}", f"{whole} loss {total['loss']:.4f}"]
+    if total["bits_per_byte"] is not None:
+        parts.append(f"{total['bits_per_byte']:.4f} bits/byte")
+    if len(sources) > 1:
+        parts.append(", ".join(f"{split.removeprefix(f'{whole}/')} {line['loss']:.4f}" for split, line in sources))
+    return SEPARATOR.join([*parts, f"{total['samples']:,} samples in {seconds:,.1f} s"])
 
 
 def peak_memory_bytes() -> int | None:

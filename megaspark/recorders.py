@@ -1,8 +1,9 @@
-"""What a run tells while it goes: a line a step on the terminal, in metrics.jsonl and in TensorBoard, from rank 0 for all."""
+"""What a run tells while it goes, from rank 0 for all: a line a step in metrics.jsonl, TensorBoard, progress.txt and on stdout."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 
@@ -10,8 +11,12 @@ from megaspark.config import Checked
 from megaspark.energy import EnergyMeter
 from megaspark.engine import Engine
 from megaspark.flops import parameters, peak_flops, per_token
-from megaspark.meters import MetricsLog, StepMeter, terminal_line
+from megaspark.meters import MetricsLog, Pauses, StepMeter, TimeLeft, evaluation_line, terminal_line
 from megaspark.ranks import Ranks
+from megaspark.terminals import SEPARATOR, Terminal
+from megaspark.validations import Validation
+
+EVALUATION, SAVE = "evaluation", "save"
 
 
 class Recorder:
@@ -34,15 +39,19 @@ class Recorder:
         self.meter = StepMeter(flops, None if peak is None else peak * ranks.world, self.step_tokens)
         self.config = config
         self.log = MetricsLog(config.folder)
+        self.terminal = Terminal(config.folder)
+        at_end = end == config.run.steps and bool(config.run.eval_every)
+        evaluations = Pauses(config.run.eval_every, at_end) if checked.validation else Pauses(0, False)
+        self.time_left = TimeLeft(end, {EVALUATION: evaluations, SAVE: Pauses(config.run.save_every, at_end=True)})
         dropped = self.log.keep_until(step)
         source = self.energy.source if self.energy else None
-        print(
+        self.terminal.say(
             f"{config.run.name}: {parameters(config.model.shape, config.model.tie_embeddings):,} parameters, "
-            f"{ranks.world} x {name}, {config.run.precision}, ZeRO {layout.stage}, accumulation {layout.accumulation}, "
+            f"{ranks.world} x {name}, {config.run.precision}, {layout.words()}, accumulation {layout.accumulation}, "
             f"{self.step_tokens:,} tokens a step, steps {step} to {end}; energy: {source or 'not measured'}"
         )
         if dropped:
-            print(f"{dropped} lines of metrics after step {step} are computed again")
+            self.terminal.say(f"{dropped} lines of metrics after step {step} are computed again")
         self.pause_over()
 
     def step(self, step: int, tokens: int, loss: float, lr: float, grad_norm: float) -> None:
@@ -51,25 +60,36 @@ class Recorder:
         if self.log:
             line = self.meter.line(step=step, tokens=tokens, loss=loss, lr=lr, grad_norm=grad_norm, joules=joules)
             self.log.write(line)
-            print(terminal_line(line, self.end), flush=True)
+            self.time_left.stepped(line["step_s"])
+            self.terminal.show(terminal_line(line, self.end, self.time_left.told(step)))
 
     def use_seq(self, seq: int) -> None:
         """Tells of how many tokens a sample of the next step is: the work of a token grows with it."""
-        if self.log:
+        if self.log and self.meter.tokens != self.config.run.global_batch * seq:
             self.meter.flops = per_token(self.config.model.shape, seq)
             self.meter.tokens = self.config.run.global_batch * seq
+            self.time_left.steps_change()
 
-    def evaluation(self, step: int, tokens: int, loss: float) -> None:
-        """Records one evaluation on the validation data."""
+    def evaluating(self, step: int, number: int, count: int) -> None:
+        """Tells how far the evaluation after `step` is: at this process's micro-batch `number` of `count`."""
         if self.log:
-            self.log.write({"step": step, "tokens": tokens, "split": "validation", "loss": loss})
-            print(f"step {step:,} | validation loss {loss:.4f}", flush=True)
-        self.pause_over()
+            self.terminal.show_for_now(f"step {step:,}{SEPARATOR}validation, micro-batch {number:,} of {count:,}")
 
-    def pause_over(self) -> None:
-        """Leaves what was done since the last step, such as a checkpoint, out of the next one's time and energy."""
+    def evaluation(self, step: int, tokens: int, validation: Validation, losses: Sequence[float]) -> None:
+        """Records one evaluation, a line for each source and one for all, from the losses of all its micro-batches."""
         if self.log:
-            self.meter.restart()
+            lines = validation.figures(losses)
+            for split, figures in lines.items():
+                self.log.write({"step": step, "tokens": tokens, "split": split, **figures})
+            self.terminal.say(evaluation_line(step, lines, self.meter.since_s))
+        self.pause_over(EVALUATION)
+
+    def pause_over(self, kind: str | None = None) -> None:
+        """Leaves what was done since the last step, an EVALUATION or a SAVE, out of the next one's time and energy."""
+        if self.log:
+            pause_s = self.meter.restart()
+            if kind:
+                self.time_left.paused(kind, pause_s)
         if self.energy:
             self.energy.read()
 
@@ -77,6 +97,7 @@ class Recorder:
         """Closes the files and the energy counters."""
         if self.log:
             self.log.close()
+            self.terminal.close()
         if self.energy:
             self.energy.close()
 

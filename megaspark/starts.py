@@ -12,13 +12,14 @@ import torch
 from megaspark import checkpoint, settings
 from megaspark.checkpoint import Checkpoint
 from megaspark.config import Checked, RunConfig
-from megaspark.engine import join, parameter_shapes
+from megaspark.engine import join
 from megaspark.errors import UserError
 from megaspark.guards import claim
 from megaspark.models import differing
 from megaspark.ranks import Ranks
 from megaspark.samples import Phase, changed_past
 from megaspark.shards import TokenDataset
+from megaspark.weights import parameter_shapes
 
 
 def agree_on_start(checked: Checked, ranks: Ranks) -> Checkpoint | None:

@@ -11,25 +11,27 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import Any
 
 import yaml
 
 from megaspark import __version__, checkpoint, fragments
-from megaspark.batches import Batches
+from megaspark.batches import Batch, Batches
 from megaspark.checkpoint import Checkpoint
 from megaspark.config import Checked, RunConfig, check_run, load_config
 from megaspark.engine import Engine, settle_accelerator
 from megaspark.errors import UserError
+from megaspark.evaluations import Reading
 from megaspark.guards import Guard, claim
 from megaspark.optim import CosineSchedule
 from megaspark.ranks import Ranks
-from megaspark.recorders import Recorder
+from megaspark.recorders import SAVE, Recorder
 from megaspark.samples import Samples, unigram_entropy
 from megaspark.signals import INTERRUPTED, Told
 from megaspark.starts import agree_on_start, config_hash, data_digest, find_weights, identity, tokenizer_file
+from megaspark.validations import Validation
 
 DEMO = "llama-demo.yaml"
 
@@ -101,7 +103,9 @@ def _train(
         fragments.push(engine.deepspeed)
     samples = Samples(checked.train, config.data.phases, run.seed)
     batches = _batches(checked, samples, ranks)
-    held_out = _batches(checked, Samples(checked.validation, config.data.seq, run.seed), ranks) if checked.validation else None
+    validation = _validation(checked, ranks) if checked.validation and run.eval_every else None
+    for line in validation.described() if validation and ranks.first else ():
+        _say(ranks, line)
     for first, name, count in samples.left_out:
         _say(ranks, f"at sample {first:,} the cut changes: {count:,} samples of {name} are left out of its epoch")
     schedule = CosineSchedule(config.optim.lr, config.optim.min_lr, config.optim.warmup_steps, run.steps)
@@ -116,16 +120,15 @@ def _train(
         told = guard.requests.heard(result.asked)
         step, taken = step + 1, taken + run.global_batch
         recorder.step(step, samples.tokens_before(taken), result.loss, lr, result.grad_norm)
-        if held_out and run.eval_every and (step % run.eval_every == 0 or step == run.steps):
-            guard.at(f"the evaluation after step {step}", slow=True)
-            loss = engine.evaluate(held_out.step(0, run.eval_batches * run.global_batch))
-            recorder.evaluation(step, samples.tokens_before(taken), loss)
+        if validation and (step % run.eval_every == 0 or step == run.steps):
+            losses = engine.evaluate(_watched(validation, guard, recorder, step))
+            recorder.evaluation(step, samples.tokens_before(taken), validation, losses)
         if told.save or told.stop:
             _say(ranks, f"told by a signal to save{' and stop' if told.stop else ''}: at step {step}")
         if step == end or told.save or told.stop or (run.save_every and step % run.save_every == 0):
             guard.at(f"the save of step {step}", slow=True)
             saved = _save(checked, engine, ranks, step, taken, samples.tokens_before(taken))
-            recorder.pause_over()
+            recorder.pause_over(SAVE)
     guard.at(f"the end at step {step}", slow=True)
     recorder.close()
     engine.wait_for_all()
@@ -168,8 +171,25 @@ def _open_folder(checked: Checked) -> None:
 
 
 def _batches(checked: Checked, samples: Samples, ranks: Ranks) -> Batches:
+    place = checked.layout.place(ranks.rank)
     eos_id = samples.datasets[0].eos_id if checked.config.data.document_mask else None
-    return Batches(samples.__getitem__, eos_id, checked.config.run.micro_batch, ranks.rank, checked.layout.data_parallel)
+    return Batches(samples.__getitem__, eos_id, checked.config.run.micro_batch, place.data, checked.layout.data_parallel)
+
+
+def _validation(checked: Checked, ranks: Ranks) -> Validation:
+    data, run = checked.config.data, checked.config.run
+    count = run.eval_batches * run.global_batch
+    reading = Reading(data.seq, data.seq, run.micro_batch, data.document_mask, count)
+    place = checked.layout.place(ranks.rank)
+    return Validation(checked.validation, reading, place.data, checked.layout.data_parallel)
+
+
+def _watched(validation: Validation, guard: Guard, recorder: Recorder, step: int) -> Iterator[Batch]:
+    """The micro-batches of the evaluation after `step`, each of which may take as long as a slow step."""
+    for number, batch in enumerate(validation.batches(), 1):
+        guard.at(f"micro-batch {number} of {validation.count} of the evaluation after step {step}", slow=True)
+        recorder.evaluating(step, number, validation.count)
+        yield batch
 
 
 def _restore(engine: Engine, start: Checkpoint, ranks: Ranks) -> None:
@@ -192,12 +212,10 @@ def _save(checked: Checked, engine: Engine, ranks: Ranks, step: int, taken: int,
         "config": config.resolved(),
         "config_sha256": config_hash(config),
         "tokenizer": {"path": str(tokenizer[0].resolve()), "sha256": tokenizer[1], "prepend_bos": prepend_bos},
-        "written_by": f"megaspark {__version__}, {checked.layout.world} processes, ZeRO {checked.layout.stage}",
+        "written_by": f"megaspark {__version__}, {checked.layout.world} processes, {checked.layout.words()}",
     }
-    everywhere = fragments.whole(engine.deepspeed)
-    held = [] if everywhere and not ranks.first else fragments.fragments(engine.deepspeed)
     target = checkpoint.step_folder(config.folder, step)
-    problem = checkpoint.save(target, state, held, ranks.rank, engine.gather)
+    problem = checkpoint.save(target, state, engine.owned(), ranks.rank, engine.gather)
     if problem is None and ranks.first:
         checkpoint.note_latest(config.folder, target)
         checkpoint.prune(config.folder, config.run.keep_last)

@@ -20,7 +20,6 @@ from test_sandboxes import needs_namespaces
 
 from conftest import process_environment, snapshot
 from megaspark import checkpoint
-from megaspark.engine import build_model
 from megaspark.errors import UserError
 from megaspark.fragments import Fragment
 from megaspark.models import llama
@@ -28,6 +27,7 @@ from megaspark.models.blocks import Execution
 from megaspark.shards import Counts, Manifest, ShardWriter, dtype_for, sha256_of
 from megaspark.tools import demo_tasks, to_hf
 from megaspark.tools.eval import main
+from megaspark.weights import build_model
 
 TEXT = [f"def function_{i}(x):\n    return x + {i}  # é {'y' * (i % 7)}\n" for i in range(400)]
 VOCAB, SEQ = 330, 64

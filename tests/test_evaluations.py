@@ -23,6 +23,7 @@ from megaspark.hf_tokenizers import adversarial_texts, write_tokenizer
 from megaspark.models import llama
 from megaspark.shards import TokenDataset
 from megaspark.text_bytes import read_token_bytes
+from megaspark.weights import build_model
 
 READING = Reading(seq=24, stride=24, batch=3, documents=True)
 
@@ -37,8 +38,8 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> TokenDataset:
 @pytest.fixture(scope="module")
 def model() -> llama.Model:
     """A random model whose losses depend much on context."""
-    model = llama.Model(llama.Config(hidden=32, layers=2, heads=4, kv_heads=2, ffn=40, vocab=VOCAB, init_std=0.3))
-    model.initialize_(seed=1)
+    config = llama.Config(hidden=32, layers=2, heads=4, kv_heads=2, ffn=40, vocab=VOCAB, init_std=0.3)
+    model = build_model(config, seed=1)
     return model.requires_grad_(False).double()
 
 

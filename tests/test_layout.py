@@ -31,17 +31,19 @@ LAYERS = (
     "traffic_reports",
     "engine scorers plans data_prep/run data_prep/dedup",
     "data_prep/dry_run",
-    "checkpoint config proofs gguf_files data_prep/outputs data_prep/dedup_jobs",
+    "pipelines",
+    "checkpoint config weights validations proofs gguf_files data_prep/outputs data_prep/dedup_jobs",
     "data_prep/units data_prep/sketches",
     "data_prep/jobs data_prep/clusters",
-    "fragments deepspeed_files hf evaluations models/* data_prep/steps data_prep/fast_encoders",
+    "fragments layouts hf evaluations models/* data_prep/steps data_prep/fast_encoders",
     "data_prep/filters/* data_prep/encode",
     "data_prep/filters/_shared",
-    "models/__init__ models/blocks optim batches rope_scalings model_cards hf_kernels data_prep/documents data_prep/stages",
+    "models/__init__ models/blocks deepspeed_files optim batches rope_scalings model_cards hf_kernels",
+    "data_prep/documents data_prep/stages",
     "data_prep/tables data_prep/duplicates data_prep/workers",
     "data_prep/streams",
     "data_prep/sources data_prep/sorted_runs data_prep/minhash",
-    "kernels/* samples meters overlaps safetensors_files",
+    "kernels/* samples groups pieces meters overlaps safetensors_files",
     "kernels/dispatch",
     "kernels/interpreter kernels/cases",
     "packing",
@@ -50,14 +52,14 @@ LAYERS = (
     "manifests settings volumes",
     "rank_logs launchers footprints",
     "devices workloads",
-    "ranks signals watchdogs flops energy allocators gguf_readers sandboxes confinements",
+    "ranks signals terminals watchdogs flops energy allocators gguf_readers sandboxes confinements",
     "errors __init__",
 )
 # Neither these nor data_prep may need torch: a data job on a head node starts in a blink.
 WITHOUT_TORCH = (
     "shards", "manifests", "settings", "samples", "packing", "permutations", "overlaps",
-    "ranks", "launchers", "signals", "watchdogs", "rank_logs", "guards", "flops", "devices", "workloads", "footprints", "volumes",
-    "costs", "errors", "cli", "__init__", "data_prep/*",
+    "ranks", "launchers", "signals", "watchdogs", "terminals", "rank_logs", "guards", "flops", "devices", "workloads",
+    "footprints", "volumes", "costs", "errors", "cli", "__init__", "data_prep/*",
 )
 HEAVY = {"torch", "deepspeed", "transformers"}
 

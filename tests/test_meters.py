@@ -5,13 +5,24 @@ import math
 import subprocess
 import sys
 import time
+from datetime import timedelta
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from megaspark.flops import Flops
-from megaspark.meters import METRICS, MetricsLog, StepMeter, peak_memory_bytes, terminal_line, to_json
+from megaspark.meters import (
+    METRICS,
+    MetricsLog,
+    Pauses,
+    StepMeter,
+    TimeLeft,
+    evaluation_line,
+    peak_memory_bytes,
+    terminal_line,
+    to_json,
+)
 
 KEYS = {
     "step",
@@ -157,20 +168,70 @@ def test_tensorboard_holds_the_resumed_curve_once(tmp_path):
     log.keep_until(3)
     for step in (4, 5, 6):
         log.write(line_of(step, loss=10.0 * step))
+    log.write({"step": 6, "tokens": 6000, "split": "validation/a", "loss": 8.0, "bits_per_byte": None, "samples": 3})
     log.write({"step": 6, "tokens": 6000, "split": "validation", "loss": 7.0})
     log.close()
     events = EventAccumulator(str(tmp_path))
     events.Reload()
     assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(1, 1), (2, 2), (3, 3), (4, 40), (5, 50), (6, 60)]
     assert [(e.step, e.value) for e in events.Scalars("validation/loss")] == [(6, 7)]
+    assert [(e.step, e.value) for e in events.Scalars("validation/a/loss")] == [(6, 8)]
+    assert "validation/a/bits_per_byte" not in events.Tags()["scalars"]
     assert "train/step" not in events.Tags()["scalars"]
 
 
 def test_terminal_line():
     """The line that everybody watches: units, the time left, and nothing where nothing was measured."""
     line = line_of(40, step_s=2.0, tokens_per_s=12345.6, mfu=0.41234, joules_per_token=0.0213)
-    assert terminal_line(line, 100) == (
-        "step 40/100 | loss 2.5000 | lr 1.00e-03 | grad norm 0.500 | 12,346 tokens/s | MFU 41.2% | 0.0213 J/token | ETA 0:02:00"
+    assert terminal_line(line, 100, "0:02:00") == (
+        "step 40/100 | loss 2.5000 | ETA 0:02:00 | 12,346 tokens/s | MFU 41.2% | 0.0213 J/token | lr 1.00e-03 | grad norm 0.500"
     )
-    bare = terminal_line({**line, "mfu": None, "joules_per_token": None, "grad_norm": None, "loss": math.nan}, 40)
-    assert bare == "step 40/40 | loss nan | lr 1.00e-03 | 12,346 tokens/s | ETA 0:00:00"
+    bare = terminal_line({**line, "mfu": None, "joules_per_token": None, "grad_norm": None, "loss": math.nan}, 40, "0:00:00")
+    assert bare == "step 40/40 | loss nan | ETA 0:00:00 | 12,346 tokens/s | lr 1.00e-03"
+
+
+def test_evaluation_line():
+    """One source needs no second figure; bits per byte that could not be counted are not there."""
+    of = {"loss": 2.0, "perplexity": 7.389, "bits_per_byte": 0.9, "samples": 8}
+    several = {"validation/a": of, "validation/b/c": {**of, "loss": 3.0}, "validation": {**of, "loss": 2.5, "samples": 1600}}
+    expected = "step 1,000 | validation loss 2.5000 | 0.9000 bits/byte | a 2.0000, b/c 3.0000 | 1,600 samples in 1.5 s"
+    assert evaluation_line(1000, several, 1.5) == expected
+    one = {"validation/a": of, "validation": {**of, "bits_per_byte": None}}
+    assert evaluation_line(5, one, 0.04) == "step 5 | validation loss 2.0000 | 8 samples in 0.0 s"
+
+
+@given(every=st.integers(0, 12), at_end=st.booleans(), last=st.integers(1, 40), data=st.data())
+def test_pauses_to_come_are_counted(every, at_end, last, data):
+    """One too few at the end, or the one that is due now: on a large model each is minutes."""
+    step = data.draw(st.integers(1, last))
+    due = [i for i in range(step, last + 1) if (every and i % every == 0) or (at_end and i == last)]
+    assert Pauses(every, at_end).left(step, last) == len(due)
+
+
+def test_time_left_has_evaluations_and_saves_in_it():
+    """An ETA of the steps alone is hours short where saves are slow; one that says nothing of what it does not know lies."""
+    left = TimeLeft(100, {"evaluation": Pauses(10, True), "save": Pauses(50, True)})
+    left.stepped(60.0)  # the first one compiles
+    assert left.told(1) == "1:39:00+"  # all that is known yet
+    for _ in range(9):
+        left.stepped(1.0)
+    assert left.told(10) == "0:01:30+"
+    left.paused("evaluation", 7.0)
+    assert left.told(11) == f"{timedelta(seconds=89 + 9 * 7)}+"
+    left.paused("save", 20.0)
+    assert left.told(50) == str(timedelta(seconds=50 + 6 * 7 + 2 * 20))  # both are due after this step
+    assert left.told(51) == str(timedelta(seconds=49 + 5 * 7 + 20))
+    left.paused("evaluation", 9.0)
+    assert left.told(51) == str(timedelta(seconds=49 + 5 * 8 + 20))
+    left.steps_change()
+    left.stepped(30.0)
+    left.stepped(2.0)
+    assert left.told(98) == str(timedelta(seconds=2 * 2 + 8 + 20))
+
+
+def test_time_left_follows_the_latest_steps():
+    """A run that slowed down an hour ago, or was slow only then, must not be told by the mean of its life."""
+    left = TimeLeft(10_000, {})
+    for seconds in [100.0] * 50 + [1.0] * 200:
+        left.stepped(seconds)
+    assert left.told(9_000) == "0:16:40"

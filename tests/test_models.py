@@ -234,52 +234,6 @@ def test_layers_composed_are_the_model():
     assert torch.equal(head(x, tokens), model(tokens, positions, tokens))
 
 
-def test_weights_depend_on_seed_and_name_only():
-    """Drawn in sequence from one generator, a block's weights would depend on who holds which layers."""
-    small, large = Model(config_of(layers=2)), Model(config_of(layers=3))
-    torch.manual_seed(1)
-    small.initialize_(7)
-    torch.manual_seed(2)
-    large.initialize_(7)
-    theirs = dict(large.named_parameters())
-    for name, parameter in small.named_parameters():
-        scale = math.sqrt(3 / 2) if name.endswith(("attention.o.weight", "mlp.down.weight")) else 1.0
-        assert torch.allclose(parameter, theirs[name] * scale, rtol=1e-6), name
-    other = Model(config_of(layers=2))
-    other.initialize_(8)
-    assert not torch.equal(other.embedding.weight, small.embedding.weight)
-    drawn = [p.flatten()[:50].tolist() for p in small.parameters() if p.ndim > 1]
-    assert len({tuple(row) for row in drawn}) == len(drawn), "two parameters start alike"
-    half = Model(config_of(layers=2)).bfloat16()
-    half.initialize_(7)
-    assert torch.equal(half.embedding.weight, small.embedding.weight.bfloat16())
-
-
-def test_weights_have_the_spread_that_the_config_says():
-    """A std that is a variance, norms at 0, or residual layers that are not scaled down with depth."""
-    config = config_of(layers=8, hidden=128, ffn=352, heads=4, kv_heads=2)
-    model = Model(config)
-    model.initialize_(1)
-    for name, parameter in model.named_parameters():
-        if parameter.ndim == 1:
-            assert (parameter == 1).all(), name
-            continue
-        residual = name.endswith((".o.weight", ".down.weight"))
-        expected = 0.02 / math.sqrt(2 * 8) if residual else 0.02
-        spread, n = parameter.std().item(), parameter.numel()
-        assert abs(spread / expected - 1) < 5 / math.sqrt(2 * n), name  # five standard errors
-        assert abs(parameter.mean().item()) < 5 * expected / math.sqrt(n), name
-
-
-def test_first_loss_is_that_of_a_uniform_guess():
-    """An initialization too wide, or a head that is not the table's size, starts far above ln V."""
-    model = Model(config_of(vocab=1000, hidden=128, heads=4, ffn=352))
-    model.initialize_(1)
-    tokens = tokens_of(model.config, batch=4, length=65)
-    with torch.no_grad():
-        assert model(tokens[:, :-1], None, tokens[:, 1:]).item() == pytest.approx(math.log(1000), rel=0.02)
-
-
 @torch.no_grad()
 def test_bf16_is_near_fp32():
     """A part computed in the wrong dtype: an error beyond bf16's own, or an output in another dtype."""

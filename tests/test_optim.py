@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from megaspark.errors import UserError
 from megaspark.models import llama
 from megaspark.optim import CosineSchedule, SplitAdamW, adamw, parameter_groups
+from megaspark.weights import build_model
 
 TINY = llama.Config(hidden=16, layers=1, heads=2, kv_heads=1, ffn=24, vocab=31)
 
@@ -50,8 +51,7 @@ def test_tied_weights_are_stepped_once():
 
 def test_adamw_is_adamw():
     """The formula of arXiv 1711.05101 in fp64: decay apart from the moments, both corrected for their start."""
-    model = llama.Model(TINY)
-    model.initialize_(1)
+    model = build_model(TINY, 1)
     lr, (beta1, beta2), eps, decay = 3e-3, (0.9, 0.95), 1e-8, 0.1
     optimizer = adamw(model, 1.0, (beta1, beta2), eps, decay)
     expected = {name: p.detach().double().clone() for name, p in model.named_parameters()}
@@ -74,9 +74,7 @@ def test_adamw_is_adamw():
 
 
 def split_optimizer(seed: int = 1) -> tuple[llama.Model, SplitAdamW]:
-    model = llama.Model(TINY)
-    model.initialize_(seed)
-    model.bfloat16()
+    model = build_model(TINY, seed).bfloat16()
     return model, SplitAdamW(parameter_groups(model, 0.1), lr=3e-3)
 
 

@@ -72,6 +72,30 @@ def test_several_runs_in_one_plot(tmp_path):
     assert ">base<" in text and ">wide<" in text and "unigram entropy 6.20" in text
 
 
+TWENTY = [f"s{i}" for i in range(20)]
+
+
+@pytest.mark.parametrize("sources, drawn", [(["a"], []), (["a", "b/c"], ["a", "b/c"]), (TWENTY, TWENTY)])
+def test_sources_of_one_run_are_drawn_by_name(tmp_path, sources, drawn):
+    """Which source stands still is what a mean hides; the only one is the whole, and of several runs they would be a thicket."""
+    import matplotlib
+
+    runs = [make_run(tmp_path / name) for name in ("base", "wide")]
+    for run in runs:
+        with open(run / "metrics.jsonl", "a") as file:
+            for i, name in enumerate(sources):
+                for step in (200, 400):
+                    line = {"step": step, "tokens": step * 8192, "split": f"validation/{name}", "loss": 2 + i / 10 + 50 / step}
+                    file.write(json.dumps(line) + "\n")
+    with matplotlib.rc_context({"svg.fonttype": "none"}):
+        main([str(runs[0]), "--out", str(tmp_path / "one.svg")])
+        main([*map(str, runs), "--out", str(tmp_path / "both.svg")])
+    one, both = (tmp_path / "one.svg").read_text(), (tmp_path / "both.svg").read_text()
+    assert ">validation<" in one and all(f">{name}<" in one for name in drawn)
+    assert drawn or ">a<" not in one
+    assert not any(f">{name}<" in both for name in sources)
+
+
 def test_smoothing_does_not_lag():
     """A mean that trails a falling loss draws a curve above every point of it."""
     assert smooth([3.0] * 300) == pytest.approx([3.0] * 300)

@@ -20,11 +20,11 @@ from conftest import Finished, snapshot
 from megaspark import checkpoint, hf
 from megaspark.checkpoint import Checkpoint
 from megaspark.cli import main
-from megaspark.engine import build_model, parameter_shapes
 from megaspark.fragments import Fragment
 from megaspark.manifests import sha256_of
 from megaspark.models import llama
 from megaspark.models.blocks import Execution
+from megaspark.weights import build_model, parameter_shapes
 
 TEXT = [f"def function_{i}(x):\n    return x + {i}  # é {'y' * (i % 7)}\n" for i in range(400)]
 
@@ -329,7 +329,7 @@ from pathlib import Path
 import torch
 from megaspark import checkpoint
 from megaspark.cli import main
-from megaspark.engine import parameter_shapes
+from megaspark.weights import parameter_shapes
 from megaspark.models.llama import Config
 
 def held_bytes(key):

@@ -104,7 +104,8 @@ def test_run_folder_holds_what_others_read(finished: Path) -> None:
     keys = "step tokens loss lr grad_norm step_s tokens_per_s flops_per_s mfu joules joules_per_token memory_bytes".split()
     assert [line["step"] for line in steps] == [1, 2, 3, 4, 5, 6] and all(set(keys) <= set(line) for line in steps)
     assert steps[0]["tokens"] == 8 * 24 and steps[0]["mfu"] is None and steps[0]["memory_bytes"] > 1e6
-    assert [(line["step"], line["split"]) for line in lines if "split" in line] == [(3, "validation"), (6, "validation")]
+    evaluations = [(line["step"], line["split"]) for line in lines if "split" in line]
+    assert evaluations == [(step, split) for step in (3, 6) for split in ("validation/a", "validation")]
     assert (finished / "latest").read_text().strip() == "step_00000006"
     assert {p.name for p in (finished / "checkpoints").iterdir()} == {"step_00000003", "step_00000006"}
     text = (finished / "config.yaml").read_text()

@@ -26,7 +26,7 @@ from megaspark.allocators import keep_pages
 from megaspark.errors import UserError
 from megaspark.hf import hf_names
 from megaspark.models import llama
-from megaspark.models.blocks import Execution
+from megaspark.weights import build_model
 
 # Two small Llamas with a full-size vocabulary, tied, as small models are trained: (shape, micro batch, sequence).
 _SMALL = {"vocab": 32000, "tie_embeddings": True}
@@ -105,8 +105,7 @@ def worker(side: str, size: str, precision: str, threads: int) -> None:
 
 def build(side: str, config: llama.Config, dtype: torch.dtype) -> tuple[Callable[[Tensor, Tensor], Tensor], nn.Module]:
     """A side's loss as a function of tokens and labels [B, S], and the module whose parameters it trains."""
-    ours = llama.Model(config, Execution())
-    ours.initialize_(seed=1)
+    ours = build_model(config, seed=1)
     if side.startswith("ours"):
         ours.to(dtype)
         if side == "ours":

@@ -28,12 +28,11 @@ from megaspark import checkpoint, code_tasks, harness_tasks, settings
 from megaspark.completions import Sampling, complete
 from megaspark.config import open_datasets
 from megaspark.errors import UserError
-from megaspark.evaluations import Reading, Score, evaluate, tokens_to_score
+from megaspark.evaluations import Reading, Score, evaluate, token_bytes_of, tokens_to_score
 from megaspark.manifests import sha256_of
 from megaspark.sandboxes import Limits
 from megaspark.scorers import DTYPES, is_hf, model_facts, open_scorer
 from megaspark.shards import TokenDataset
-from megaspark.text_bytes import read_token_bytes
 
 DEMO_TASKS = Path("data/demo/tasks")
 SAMPLED_TEMPERATURE = 0.8
@@ -154,20 +153,12 @@ def _score_data(args: argparse.Namespace, path: Path, datasets: dict[str, TokenD
     with _bar("scoring", tokens_to_score([*datasets.values()], reading), "token") as bar:
         for name, dataset in datasets.items():
             bar.set_description(name)
-            score = evaluate(dataset, scorer.logits, reading, _token_bytes(dataset), bar.update)
+            score = evaluate(dataset, scorer.logits, reading, token_bytes_of(dataset), bar.update)
             total.add(score)
             digest = settings.digest([info.bin_sha256 for info in dataset.manifest.shards])
             by_source[name] = {**score.figures(), "dataset_tokens": dataset.tokens, "data_sha256": digest}
     read = {"seq": reading.seq, "stride": reading.stride, "windows": args.windows, "batch": args.batch, "document_mask": documents}
     return {"reading": read, "sources": by_source, "all": total.figures()}
-
-
-def _token_bytes(dataset: TokenDataset) -> Any:
-    """The table of a dataset's tokenizer, or None where its bytes cannot be counted."""
-    try:
-        return read_token_bytes(dataset.folder / dataset.manifest.tokenizer)
-    except UserError:
-        return None
 
 
 def _run_tasks(args: argparse.Namespace, folder: Path) -> dict[str, Any]:

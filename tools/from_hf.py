@@ -23,13 +23,13 @@ from tqdm import tqdm
 from megaspark import __version__, checkpoint, hf, proofs, rope_scalings
 from megaspark.checkpoint import Checkpoint
 from megaspark.config import load_config
-from megaspark.engine import parameter_shapes
 from megaspark.errors import UserError
 from megaspark.kernels.rope import rope_frequencies
 from megaspark.manifests import sha256_of
 from megaspark.models import architecture_of_hf, differing
 from megaspark.output_folders import whole_folder
 from megaspark.settings import digest
+from megaspark.weights import parameter_shapes
 
 MODEL = "model.yaml"
 CARRIED = (

@@ -1,4 +1,4 @@
-"""`megaspark plot RUN...`: loss against tokens, of one run or several, as an SVG or PNG file."""
+"""`megaspark plot RUN...`: loss against tokens, of one run with its evaluations by source or of several, as SVG, PNG or PDF."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 METRICS = "metrics.jsonl"
 FORMATS = (".svg", ".png", ".pdf")
 COLORS = ("#2563eb", "#dc2626", "#059669", "#d97706", "#7c3aed", "#0891b2", "#be185d", "#4b5563")
+SOURCE_COLORS = COLORS[2:]  # the first two are of training and of all sources
 INK, MUTED, GRID = "#111827", "#6b7280", "#e5e7eb"
 SMOOTHED = 200  # steps from which a smoothed line stands before the raw one
 
@@ -107,10 +108,24 @@ def _draw_curve(axes: Axes, curve: Curve, color: str, alone: bool) -> None:
         axes.plot(tokens, smooth(losses), color=color, linewidth=1.8, label=f"{label} (smoothed)" if alone else label)
     else:
         axes.plot(tokens, losses, color=color, linewidth=1.5, label=label)
-    for split, points in sorted(curve.evaluations.items()):
+    whole = {split: points for split, points in sorted(curve.evaluations.items()) if "/" not in split}
+    for split, points in whole.items():
         face = COLORS[1] if alone else "white"
         kind: dict[str, Any] = {"color": COLORS[1] if alone else color, "markerfacecolor": face, "linestyle": "none"}
-        axes.plot(*zip(*points, strict=True), marker="o", markersize=4.5, label=split if alone else None, **kind)
+        axes.plot(*zip(*points, strict=True), marker="o", markersize=4.5, label=split if alone else None, zorder=3, **kind)
+    sources = sorted(curve.evaluations.keys() - whole.keys(), key=lambda split: -curve.evaluations[split][-1][1])
+    if alone and len(sources) > 1:  # the only one is the whole; of several runs there would be too many
+        _draw_sources(axes, {split: curve.evaluations[split] for split in sources})
+
+
+def _draw_sources(axes: Axes, points: dict[str, list[tuple[int, float]]]) -> None:
+    """A thin line a source, in the order in which they end, which is the legend's too."""
+    for i, (split, found) in enumerate(points.items()):
+        dashes = ("-", "--", ":")[i // len(SOURCE_COLORS) % 3]
+        axes.plot(
+            *zip(*found, strict=True), marker="o", markersize=2.5, linewidth=1, linestyle=dashes,
+            color=SOURCE_COLORS[i % len(SOURCE_COLORS)], label=split.partition("/")[2],
+        )  # fmt: skip
 
 
 def _draw_entropies(axes: Axes, curves: list[Curve]) -> None:
@@ -141,7 +156,7 @@ def _dress(axes: Axes, curves: list[Curve]) -> None:
         axes.plot(
             [], [], marker="o", markersize=4.5, color=MUTED, markerfacecolor="white", linestyle="none", label="evaluations"
         )
-    axes.legend(frameon=False, labelcolor=INK)
+    axes.legend(frameon=False, labelcolor=INK, ncols=2 if len(axes.get_legend_handles_labels()[1]) > 8 else 1)
 
 
 def smooth(values: Sequence[float]) -> list[float]:

@@ -21,13 +21,13 @@ from tqdm import tqdm
 
 from megaspark import __version__, checkpoint, gguf_files, hf, hf_tokenizers, proofs
 from megaspark.checkpoint import Checkpoint
-from megaspark.engine import parameter_shapes
 from megaspark.errors import UserError
 from megaspark.flops import parameters
 from megaspark.manifests import sha256_of
 from megaspark.model_cards import UNKNOWN, model_card, training_facts
 from megaspark.models import architecture
 from megaspark.output_folders import whole_folder
+from megaspark.weights import parameter_shapes
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 GGUF_DTYPES = {"bf16": torch.bfloat16, "f32": torch.float32}

@@ -14,7 +14,7 @@ from megaspark import rope_scalings
 from megaspark.flops import Shape
 from megaspark.kernels.attention import spans
 from megaspark.kernels.rope import rope_angles, rope_frequencies
-from megaspark.models.blocks import Attention, Context, Embedding, Execution, Head, RMSNorm, SwiGLU, initialize
+from megaspark.models.blocks import Attention, Context, Embedding, Execution, Head, RMSNorm, SwiGLU, run_block
 from megaspark.rope_scalings import RopeScaling
 from megaspark.settings import Section
 
@@ -92,7 +92,7 @@ class Block(nn.Module):
 
 
 class Model(nn.Module):
-    """A Llama of `config`'s shape, its parameters not yet filled (see `initialize_`), computing as `execution` says."""
+    """A Llama of `config`'s shape, its parameters not yet filled (see `weights`), computing as `execution` says."""
 
     def __init__(self, config: Config, execution: Execution = Execution()) -> None:  # noqa: B008 (frozen)
         super().__init__()
@@ -108,9 +108,14 @@ class Model(nn.Module):
         return [self.embedding, *self.blocks, self.head]
 
     def context(self, positions_BS: Tensor, dtype: torch.dtype, documents: bool) -> Context:
-        """What the blocks need to know of positions [B, S]: rotary angles and, if `documents`, where each of them starts."""
+        """What the blocks need to know of positions [B, S]: rotary angles and, if `documents`, where each of them starts.
+
+        The positions are those of the whole sequence, also where this process has only some of its tokens.
+        """
         frequencies_C = rope_frequencies(self.config.dim, self.config.rope_theta)
-        cos_BSC, sin_BSC = rope_angles(positions_BS, rope_scalings.scaled(frequencies_C, self.config.rope_scaling))
+        sequence = self.execution.groups.sequence
+        mine_BS = positions_BS.chunk(sequence.size, 1)[sequence.rank]
+        cos_BSC, sin_BSC = rope_angles(mine_BS, rope_scalings.scaled(frequencies_C, self.config.rope_scaling))
         backend, seq = self.execution.backend("attention"), positions_BS.shape[1]
         seen = spans(positions_BS if documents else None, seq, None, dtype, backend, positions_BS.device, self.config.dim)
         return Context(cos_BSC, sin_BSC, seen)
@@ -118,28 +123,26 @@ class Model(nn.Module):
     def forward(self, tokens_BS: Tensor, positions_BS: Tensor | None = None, labels_BS: Tensor | None = None) -> Tensor:
         """Logits [B, S, V], or with labels_BS the mean loss as a fp32 scalar.
 
-        positions_BS: [B, S], restarting at 0 in every document, which attention then does not leave; None: one document.
+        positions_BS: [B, S], restarting at 0 in every document, which attention then does not leave; None: one document. In a
+        sequence group, tokens and labels are this process's, positions those of all.
         """
         embedding, *blocks, head = self.layers()
         x_BSE = embedding(tokens_BS)
         documents = positions_BS is not None
         if positions_BS is None:
-            positions_BS = torch.arange(tokens_BS.shape[1], device=tokens_BS.device)[None]
+            seq = tokens_BS.shape[1] * self.execution.groups.sequence.size
+            positions_BS = torch.arange(seq, device=tokens_BS.device)[None]
         context = self.context(positions_BS, x_BSE.dtype, documents)
         for block in blocks:
-            x_BSE = block(x_BSE, context)
+            x_BSE = run_block(block, x_BSE, context, self.execution.recompute)
         return head(x_BSE, labels_BS)
 
-    def initialize_(self, seed: int) -> None:
-        """Fills every parameter from (seed, its name); the last layer of each residual branch is scaled by 1/sqrt(2 layers).
-
-        The scaling is GPT-2's (Radford et al. 2019, section 2.3): the residual stream then keeps its variance with depth.
-        """
-        for name, parameter in self.named_parameters():
-            initialize(name, parameter, seed, self.std(name))
-
     def std(self, name: str) -> float:
-        """The standard deviation that a parameter starts with."""
+        """The standard deviation that a parameter starts with.
+
+        The last layer of each residual branch is scaled by 1/sqrt(2 layers), so that the residual stream keeps its variance with
+        depth (GPT-2, Radford et al. 2019, section 2.3).
+        """
         residual = name.endswith(("attention.o.weight", "mlp.down.weight"))
         return self.config.init_std / math.sqrt(2 * self.config.layers) if residual else self.config.init_std
 

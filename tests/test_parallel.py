@@ -1,0 +1,102 @@
+"""Every way to share out the work computes what one process does, from the same samples, and goes on from any other.
+
+The processes run `test_engine.py`; one launch builds many engines in turn.
+"""
+
+from __future__ import annotations
+
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_engine import launch_cases
+
+from conftest import Launch, TinyData, tiny_run
+
+STEPS, SAVED_AT = 20, 10
+# A gradient summed in another order is off by some roundings of 2^-24; Adam passes that on undamped. The matrix asks for 1e-5.
+TOLERANCE = 1e-5
+# Of a shape that divides by 4; clipping that bites; a sample and its documents cut by the sequence group.
+MODEL = ["model.hidden=32", "model.heads=8", "model.kv_heads=4", "model.head_dim=8", "model.ffn=48", "model.layers=4"]
+CLIPPING = ["optim.clip=0.5"]
+FEW_HEADS = ["model.kv_heads=1"]
+TIED = ["model.tie_embeddings=true"]
+
+
+def name(pipeline: int, tensor: int, sequence: int, stage: int, world: int) -> str:
+    return f"p{pipeline} t{tensor} s{sequence} zero{stage} x{world}"
+
+
+def overrides(pipeline: int, tensor: int, sequence: int, stage: int) -> list[str]:
+    sizes = [f"parallel.pipeline={pipeline}", f"parallel.tensor={tensor}", f"parallel.sequence={sequence}"]
+    return [*sizes, f"deepspeed=zero{stage}.json"]
+
+
+def legal(world: int) -> list[tuple[int, int, int, int]]:
+    """Every (pipeline, tensor, sequence, ZeRO stage) on that many processes."""
+    sizes = [s for s in product((1, 2, 4), repeat=3) if world % (s[0] * s[1] * s[2]) == 0]
+    return [(*s, stage) for s in sizes for stage in range(4) if s[0] == 1 or stage < 2]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("parallel")
+
+
+@pytest.fixture(scope="module")
+def config(tiny_data: TinyData, home: Path) -> str:
+    return str(tiny_run(tiny_data, home)[0])
+
+
+def case(config: str, home: Path, layout: tuple[int, int, int, int], world: int, kind: str, extra: list[str]) -> dict[str, Any]:
+    title = f"{kind} {name(*layout, world)}"
+    saving = {"save": str(home / title.replace(" ", "-") / f"step_{SAVED_AT:08d}"), "save_at": SAVED_AT}
+    return {"name": title, "config": config, "steps": STEPS, "overrides": [*MODEL, *overrides(*layout), *extra], **saving}
+
+
+def apart(losses: list[float], reference: list[float]) -> float:
+    assert len(losses) == len(reference)
+    return max(abs(a - b) / abs(b) for a, b in zip(losses, reference, strict=True))
+
+
+
+
+def compare(launch: Launch, home: Path, config: str, kind: str, world: int, layouts: list[Any], extra: list[str]) -> None:
+    """Trains in one process and in every layout; all must start from the same bits and have the same losses."""
+    one = launch_cases(launch, home / f"{kind}-one", 1, [case(config, home, (1, 1, 1, 0), 1, kind, extra)])
+    (reference,) = one.values()
+    found = launch_cases(launch, home / f"{kind}-{world}", world, [case(config, home, x, world, kind, extra) for x in layouts])
+    off = {title: apart(result["losses"], reference["losses"]) for title, result in found.items()}
+    print({title: f"{far:.1e}" for title, far in off.items()})
+    for title, result in found.items():
+        assert result["pristine"], f"{title}: the first weights are others"
+        assert off[title] < TOLERANCE, (title, off[title])
+        # The norm depends on differences of large sums: looser, and yet a copy counted twice is off by far more.
+        assert apart(result["norms"], reference["norms"]) < 1e-3, title
+        assert abs(result["saved_loss"] - reference["saved_loss"]) < TOLERANCE * reference["saved_loss"], title
+
+
+TWO = [(2, 1, 1, 0), (2, 1, 1, 1), (1, 2, 1, 0), (1, 2, 1, 1), (1, 2, 1, 3), (1, 1, 2, 1), (1, 1, 2, 3)]
+
+
+@pytest.mark.launch
+def test_two_processes_compute_what_one_does(launch: Launch, home: Path, config: str) -> None:
+    """A gradient summed once too often or too seldom, a copy counted twice in the norm, a sample read by the wrong process."""
+    compare(launch, home, config, "clip", 2, TWO, CLIPPING)
+
+
+@pytest.mark.long
+@pytest.mark.launch
+@pytest.mark.parametrize("kind, extra", [("few", FEW_HEADS), ("tied", TIED), ("whole", ["data.document_mask=false"])])
+def test_two_processes_of_odd_models(launch: Launch, home: Path, config: str, kind: str, extra: list[str]) -> None:
+    """Key/value heads that several processes share, a table on two stages, samples without documents."""
+    compare(launch, home, config, kind, 2, legal(2), extra)
+
+
+@pytest.mark.long
+@pytest.mark.launch
+@pytest.mark.parametrize("kind, extra", [("four", CLIPPING), ("four-tied", TIED)])
+def test_every_layout_of_four_processes(launch: Launch, home: Path, config: str, kind: str, extra: list[str]) -> None:
+    """Two kinds together: a group made of the wrong processes, a mean over too many."""
+    compare(launch, home, config, kind, 4, legal(4), extra)
