@@ -7,16 +7,20 @@ from typing import Any
 
 from megaspark.comm_counters import CommCounter, Traffic
 from megaspark.plans import workload
-from megaspark.volumes import volumes
+from megaspark.volumes import of_stage
 
 
 class TrafficReport:
-    """Counts one process's traffic from its making to `close`; the engine must exist. What lies between steps is left out."""
+    """Counts one process's traffic from its making to `close`, without what lies between steps; the engine must exist.
 
-    def __init__(self, config: Any, layout: Any) -> None:
+    stage: this process's of the pipeline.
+    """
+
+    def __init__(self, config: Any, layout: Any, stage: int = 0) -> None:
         self.work = workload(config, layout)
         self.theory: Counter[str] = Counter()
-        for volume in volumes(self.work):
+        self.volumes = of_stage(self.work, stage)
+        for volume in self.volumes:
             self.theory[volume.op] += volume.sent_bytes
         self.steps, self.sent = 0, Counter[str]()
         self._first = True
@@ -24,7 +28,7 @@ class TrafficReport:
 
     def opening(self) -> str:
         """Theory in a line: bytes a rank sends in a step by kind, and the bubble."""
-        kinds = ", ".join(f"{volume.kind} {amount(volume.sent_bytes)} ({volume.op})" for volume in volumes(self.work))
+        kinds = ", ".join(f"{volume.kind} {amount(volume.sent_bytes)} ({volume.op})" for volume in self.volumes)
         bubble = f"; bubble {self.work.bubble:.1%}" if self.work.pipeline > 1 else ""
         return f"a rank sends in a step, by theory: {kinds or 'nothing'}{bubble}"
 

@@ -34,9 +34,17 @@ class Volume:
 
 
 def volumes(work: Workload) -> list[Volume]:
-    """Everything that the busiest rank sends in one step; of pipeline stages the largest, and one with two neighbours."""
-    held = max(work.stage_weights(stage) for stage in range(work.pipeline))
-    found = [*_data_parallel(work, held), *_tensor(work), *_sequence(work), *_pipeline(work), *_offload(work, held)]
+    """What a rank sends in one step: of the pipeline stage that sends most."""
+    return max((of_stage(work, stage) for stage in range(work.pipeline)), key=lambda found: sum(v.sent_bytes for v in found))
+
+
+def of_stage(work: Workload, stage: int) -> list[Volume]:
+    """What a rank of one pipeline stage sends in one step, by kind."""
+    held, blocks = work.stage_weights(stage), work.stage_blocks(stage)
+    found = [
+        *_data_parallel(work, held), *_tensor(work, blocks, has_head=stage == work.pipeline - 1), *_sequence(work, blocks),
+        *_pipeline(work, stage), *_offload(work, held),
+    ]  # fmt: skip
     return [volume for volume in found if volume.sent_bytes]
 
 
@@ -87,7 +95,7 @@ def _gathered(work: Workload, held: int, near: int) -> list[Volume]:
     return [*out, Volume("small weights", "all_gather", stepped, group, near, True)]
 
 
-def _tensor(work: Workload) -> list[Volume]:
+def _tensor(work: Workload, blocks: int, has_head: bool) -> list[Volume]:
     """Two sums a block and pass (Shoeybi et al. 2019, arXiv 1909.08053); of the head, the table's gradient and that of its input.
 
     Where the backward pass computes a block again, it sums attention's result again, but stops before the feed-forward's. Key and
@@ -98,11 +106,10 @@ def _tensor(work: Workload) -> list[Volume]:
         return []
     near = min(group, work.per_node)
     sums = 4 + (work.recompute != "none")
-    blocks = max(work.stage_blocks(stage) for stage in range(work.pipeline))
     activations = work.accumulation * blocks * sums * work.rank_tokens * shape.hidden * element
     whole = 2 * work.kv_weights * blocks if shape.kv_heads < group else 0
-    table = work.accumulation * (shape.vocab * shape.hidden + whole) * element
-    rows = work.accumulation * work.rank_tokens * shape.hidden * element
+    table = work.accumulation * (has_head * shape.vocab * shape.hidden + whole) * element
+    rows = has_head * work.accumulation * work.rank_tokens * shape.hidden * element
     return [
         Volume("tensor", "all_reduce", ring("all_reduce", activations, group), group, near, True),
         Volume("tensor's whole weights", "all_reduce", ring("all_reduce", table, group), group, near, True),
@@ -110,20 +117,19 @@ def _tensor(work: Workload) -> list[Volume]:
     ]
 
 
-def _sequence(work: Workload) -> list[Volume]:
+def _sequence(work: Workload, blocks: int) -> list[Volume]:
     """Ulysses exchanges q, k, v before attention and its result after (Jacobs et al. 2023, arXiv 2309.14509), and back again."""
     group, shape = work.sequence, work.shape
     if group == 1:
         return []
     a_token = 2 * shape.head_dim * (shape.heads // work.tensor + max(work.kv_heads, group)) * work.element_bytes
     passes = 2 if work.recompute == "none" else 3
-    blocks = max(work.stage_blocks(stage) for stage in range(work.pipeline))
     payload = work.accumulation * passes * blocks * work.rank_tokens * a_token
     near = min(group, max(1, work.per_node // work.tensor))
     return [Volume("sequence", "all_to_all", ring("all_to_all", payload, group), group, near, True)]
 
 
-def _pipeline(work: Workload) -> list[Volume]:
+def _pipeline(work: Workload, stage: int) -> list[Volume]:
     """A stage sends each micro-batch's activations, positions and labels on, and the activations' gradient back; one at an end
     does only one of the two. A tied table's gradient is summed over its two stages.
     """
@@ -133,8 +139,9 @@ def _pipeline(work: Workload) -> list[Volume]:
     near = 2 if work.world // work.pipeline < work.per_node else 1
     activations = work.rank_tokens * shape.hidden * element
     numbers = 8 * (work.micro_batch * work.seq + work.rank_tokens)
-    payload = work.accumulation * (activations * (1 if work.pipeline == 2 else 2) + numbers)
-    table = ring("all_reduce", shape.vocab * shape.hidden * element, 2) if work.tied else 0
+    first, last = stage == 0, stage == work.pipeline - 1
+    payload = work.accumulation * ((not last) * (activations + numbers) + (not first) * activations)
+    table = ring("all_reduce", shape.vocab * shape.hidden * element, 2) if work.tied and (first or last) else 0
     return [
         Volume("pipeline", "send", payload, 2, near, False),
         Volume("tied table", "all_reduce", table, 2, 1 if work.world > work.per_node else 2, True),
