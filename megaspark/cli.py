@@ -19,6 +19,7 @@ VERBS = {
     "dedup": ("megaspark.data_prep.dedup", "find near or exact duplicates in a corpus, for prep to drop"),
     "shards": ("megaspark.tools.shards", "show, verify or decode shards"),
     "pretrain": ("megaspark.train", "train a model; under `deepspeed megaspark/pretrain.py`: on many processes"),
+    "plan": ("megaspark.tools.plan", "what a run needs and takes on a cluster, before paying for it"),
     "to-hf": ("megaspark.tools.to_hf", "convert a checkpoint to a Hugging Face folder, proven equal"),
     "from-hf": ("megaspark.tools.from_hf", "convert a Hugging Face folder to a checkpoint that pre-training goes on from"),
     "demo-instructions": ("megaspark.tools.demo_instructions", "questions, answers and preference pairs out of the demo corpus"),

@@ -14,6 +14,7 @@ from megaspark.flops import parameters, peak_flops, per_token
 from megaspark.meters import MetricsLog, Pauses, StepMeter, TimeLeft, evaluation_line, terminal_line
 from megaspark.ranks import Ranks
 from megaspark.terminals import SEPARATOR, Terminal
+from megaspark.traffic_reports import TrafficReport
 from megaspark.validations import Validation
 
 EVALUATION, SAVE = "evaluation", "save"
@@ -50,6 +51,9 @@ class Recorder:
             f"{ranks.world} x {name}, {config.run.precision}, {layout.words()}, accumulation {layout.accumulation}, "
             f"{self.step_tokens:,} tokens a step, steps {step} to {end}; energy: {source or 'not measured'}"
         )
+        self.traffic = TrafficReport(config, layout) if ranks.world > 1 else None
+        if self.traffic:
+            self.terminal.say(self.traffic.opening())
         if dropped:
             self.terminal.say(f"{dropped} lines of metrics after step {step} are computed again")
         self.pause_over()
@@ -62,6 +66,7 @@ class Recorder:
             line = self.meter.line(step=step, tokens=tokens, **figures)
             if result.refused:
                 line["skipped"] = result.refused
+            line["sent_bytes"] = self.traffic.step() if self.traffic else 0
             self.log.write(line)
             self.time_left.stepped(line["step_s"])
             self.terminal.show(terminal_line(line, self.end, self.time_left.told(step)))
@@ -97,6 +102,8 @@ class Recorder:
         """Leaves what was done since the last step, an EVALUATION or a SAVE, out of the next one's time and energy."""
         if self.log:
             pause_s = self.meter.restart()
+            if self.traffic:
+                self.traffic.skip()
             if kind:
                 self.time_left.paused(kind, pause_s)
         if self.energy:
@@ -105,6 +112,10 @@ class Recorder:
     def close(self) -> None:
         """Closes the files and the energy counters."""
         if self.log:
+            if self.traffic and (said := self.traffic.closing()):
+                self.terminal.say(said)
+            if self.traffic:
+                self.traffic.close()
             self.log.close()
             self.terminal.close()
         if self.energy:

@@ -29,7 +29,8 @@ LAYERS = (
     "refusals",
     "starts",
     "recorders guards",
-    "engine scorers data_prep/run data_prep/dedup",
+    "traffic_reports",
+    "engine scorers plans data_prep/run data_prep/dedup",
     "data_prep/dry_run",
     "pipelines",
     "checkpoint config weights validations proofs gguf_files data_prep/outputs data_prep/dedup_jobs",
@@ -48,17 +49,18 @@ LAYERS = (
     "kernels/interpreter kernels/cases",
     "packing",
     "permutations shards",
-    "hf_tokenizers output_folders text_bytes harness_tasks code_tasks completions example_files",
-    "manifests settings",
-    "rank_logs launchers",
+    "hf_tokenizers output_folders text_bytes harness_tasks code_tasks completions example_files costs comm_counters",
+    "manifests settings volumes",
+    "rank_logs launchers footprints",
+    "devices workloads",
     "ranks signals terminals watchdogs flops energy allocators gguf_readers sandboxes confinements",
     "errors __init__",
 )
 # Neither these nor data_prep may need torch: a data job on a head node starts in a blink.
 WITHOUT_TORCH = (
     "shards", "manifests", "settings", "samples", "packing", "permutations", "overlaps",
-    "ranks", "launchers", "signals", "watchdogs", "terminals", "rank_logs", "guards", "flops", "errors", "cli", "__init__",
-    "data_prep/*",
+    "ranks", "launchers", "signals", "watchdogs", "terminals", "rank_logs", "guards", "flops", "devices", "workloads",
+    "footprints", "volumes", "costs", "errors", "cli", "__init__", "data_prep/*",
 )
 HEAVY = {"torch", "deepspeed", "transformers"}
 
