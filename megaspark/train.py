@@ -11,7 +11,7 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -23,11 +23,13 @@ from megaspark.checkpoint import Checkpoint
 from megaspark.config import Checked, RunConfig, check_run, load_config
 from megaspark.engine import Engine, settle_accelerator
 from megaspark.errors import UserError
+from megaspark.fragments import Fragment
 from megaspark.guards import Guard, claim
 from megaspark.optim import CosineSchedule
 from megaspark.ranks import Ranks
 from megaspark.recorders import Recorder
 from megaspark.samples import Samples, unigram_entropy
+from megaspark.savers import Saver
 from megaspark.signals import INTERRUPTED, Told
 from megaspark.starts import agree_on_start, config_hash, data_digest, find_weights, identity, tokenizer_file
 
@@ -106,14 +108,21 @@ def _train(
         _say(ranks, f"at sample {first:,} the cut changes: {count:,} samples of {name} are left out of its epoch")
     schedule = CosineSchedule(config.optim.lr, config.optim.min_lr, config.optim.warmup_steps, run.steps)
     recorder = Recorder(checked, ranks, engine, step, end)
+    keep = (run.keep_last, run.keep_every)
+    saver = Saver(folder, ranks.rank, engine.gather, keep, _held(engine, ranks) if run.save_async and run.save_every else None)
+
+    def asked() -> list[float]:
+        return [*saver.pending(), *guard.requests.pending()]
+
     first_step, saved, told = step, True, Told()
     while step < end and not told.stop:
         lr = schedule(step)
         phase = samples.phase(taken)
         recorder.use_seq(phase.seq)
         guard.at(f"step {step + 1}", slow=step == first_step or phase.first_sample == taken)  # new lengths are compiled anew
-        result = engine.step(batches.step(taken, run.global_batch), lr, guard.requests.pending)
-        told = guard.requests.heard(result.asked)
+        result = engine.step(batches.step(taken, run.global_batch), lr, asked)
+        saver.heard(result.asked[:1])
+        told = guard.requests.heard(result.asked[1:])
         step, taken = step + 1, taken + run.global_batch
         recorder.step(step, samples.tokens_before(taken), result.loss, lr, result.grad_norm)
         if held_out and run.eval_every and (step % run.eval_every == 0 or step == run.steps):
@@ -124,7 +133,8 @@ def _train(
             _say(ranks, f"told by a signal to save{' and stop' if told.stop else ''}: at step {step}")
         if step == end or told.save or told.stop or (run.save_every and step % run.save_every == 0):
             guard.at(f"the save of step {step}", slow=True)
-            saved = _save(checked, engine, ranks, step, taken, samples.tokens_before(taken))
+            state = _state(checked, step, taken, samples.tokens_before(taken))
+            saved = saver.save(state, _held(engine, ranks), wait=step == end or told.stop)
             recorder.pause_over()
     guard.at(f"the end at step {step}", slow=True)
     recorder.close()
@@ -179,11 +189,16 @@ def _restore(engine: Engine, start: Checkpoint, ranks: Ranks) -> None:
     engine.gather(None)  # nobody writes into the run folder before everybody has read from it
 
 
-def _save(checked: Checked, engine: Engine, ranks: Ranks, step: int, taken: int, tokens: int) -> bool:
-    """Writes the checkpoint of `step`; says whether it was written (a full disk stops the save, not the run)."""
+def _held(engine: Engine, ranks: Ranks) -> Iterable[Fragment]:
+    """What this process must write; where everybody holds the same, the first one writes it."""
+    return [] if fragments.whole(engine.deepspeed) and not ranks.first else fragments.fragments(engine.deepspeed)
+
+
+def _state(checked: Checked, step: int, taken: int, tokens: int) -> dict[str, Any]:
+    """All that a checkpoint of `step` says besides tensors; `taken` samples and `tokens` tokens were seen."""
     config, tokenizer = checked.config, tokenizer_file(checked)
     prepend_bos = next(iter(checked.train.values())).manifest.prepend_bos
-    state = {
+    return {
         "step": step,
         "samples": taken,
         "tokens": tokens,
@@ -194,16 +209,6 @@ def _save(checked: Checked, engine: Engine, ranks: Ranks, step: int, taken: int,
         "tokenizer": {"path": str(tokenizer[0].resolve()), "sha256": tokenizer[1], "prepend_bos": prepend_bos},
         "written_by": f"megaspark {__version__}, {checked.layout.world} processes, ZeRO {checked.layout.stage}",
     }
-    everywhere = fragments.whole(engine.deepspeed)
-    held = [] if everywhere and not ranks.first else fragments.fragments(engine.deepspeed)
-    target = checkpoint.step_folder(config.folder, step)
-    problem = checkpoint.save(target, state, held, ranks.rank, engine.gather)
-    if problem is None and ranks.first:
-        checkpoint.note_latest(config.folder, target)
-        checkpoint.prune(config.folder, config.run.keep_last)
-    if problem is not None:
-        _say(ranks, f"CHECKPOINT NOT WRITTEN: {target}: {problem}; the run goes on, older checkpoints are untouched")
-    return problem is None
 
 
 def _say(ranks: Ranks, text: str) -> None:

@@ -27,12 +27,10 @@ from megaspark.checkpoint import (
     Checkpoint,
     load,
     newest,
-    note_latest,
-    prune,
-    save,
     step_folder,
     step_folders,
 )
+from megaspark.checkpoint_writers import note_latest, prune, save
 from megaspark.errors import UserError
 from megaspark.fragments import STATE, Fragment
 
@@ -246,7 +244,8 @@ SAVE_FOR_EVER = """
 import sys
 from pathlib import Path
 import torch
-from megaspark.checkpoint import note_latest, prune, save, step_folder
+from megaspark.checkpoint import step_folder
+from megaspark.checkpoint_writers import note_latest, prune, save
 from megaspark.fragments import STATE, Fragment
 run, size = Path(sys.argv[1]), int(sys.argv[2])
 for step in range(1, 10**6):

@@ -124,10 +124,10 @@ def counted_steps(engine: Any) -> Iterator[float]:
 
 def save(engine: Any, folder: Path, step: int, ranks: Any) -> None:
     """As the training loop saves: where everybody holds the same, the first writes it."""
-    from megaspark import checkpoint, fragments
+    from megaspark import checkpoint_writers, fragments
 
     held = [] if fragments.whole(engine.deepspeed) and not ranks.first else fragments.fragments(engine.deepspeed)
-    problem = checkpoint.save(folder, {"step": step}, held, ranks.rank, engine.gather)
+    problem = checkpoint_writers.save(folder, {"step": step}, held, ranks.rank, engine.gather)
     assert problem is None, problem
 
 

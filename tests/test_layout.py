@@ -28,6 +28,8 @@ LAYERS = (
     "train",
     "starts",
     "recorders guards",
+    "savers",
+    "checkpoint_writers",
     "engine scorers data_prep/run data_prep/dedup",
     "data_prep/dry_run",
     "checkpoint config proofs gguf_files data_prep/outputs data_prep/dedup_jobs",
