@@ -175,13 +175,18 @@ def step_folders(run: Path) -> list[Path]:
     return sorted((p for p in (run / "checkpoints").glob("step_*") if p.name[5:].isdigit()), reverse=True)
 
 
+def latest(run: Path) -> str | None:
+    """The name of the step folder that a run wrote last, whether or not it is there still; None if it never wrote any."""
+    path = run / "latest"
+    return path.read_text().strip() if path.is_file() else None
+
+
 def newest(path: Path) -> Checkpoint:
     """Opens a step folder, or a run folder's latest checkpoint; raises UserError where there is none."""
     if (path / INDEX).is_file() or path.name.startswith("step_"):
         return Checkpoint(path)
-    latest = path / "latest"
-    if latest.is_file():
-        return Checkpoint(path / "checkpoints" / latest.read_text().strip())
+    if named := latest(path):
+        return Checkpoint(path / "checkpoints" / named)
     folders = step_folders(path)
     if not folders:
         raise UserError(f"{path} holds no checkpoint (neither {INDEX} nor checkpoints/step_*); give a run or step folder")

@@ -85,6 +85,11 @@ class MetricsLog:
             write_atomically(self.path, b"".join(kept))
         return len(lines) - len(kept)
 
+    def last_step(self) -> int:
+        """The last step of which there is a line; 0 if there is none."""
+        lines = self.path.read_bytes().splitlines(keepends=True) if self.path.exists() else []
+        return max((found for line in lines if (found := _step_of(line)) is not None), default=0)
+
     def write(self, line: Mapping[str, Any]) -> None:
         """Appends one line; those of an evaluation carry `split`."""
         if self._file is None:

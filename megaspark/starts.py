@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from megaspark import checkpoint, settings
-from megaspark.checkpoint import Checkpoint
+from megaspark.checkpoint import BadCheckpoint, Checkpoint
 from megaspark.config import Checked, RunConfig
 from megaspark.engine import join, parameter_shapes
 from megaspark.errors import UserError
 from megaspark.guards import claim
+from megaspark.meters import MetricsLog
 from megaspark.models import differing
 from megaspark.ranks import Ranks
 from megaspark.samples import Phase, changed_past
@@ -22,63 +23,125 @@ from megaspark.shards import TokenDataset
 
 
 def agree_on_start(checked: Checked, ranks: Ranks) -> Checkpoint | None:
-    """What the first process finds to start from (`find_start`), for all of them.
+    """What the first process finds to start from (`find_start`), for all of them; they share the work of verifying it.
 
     Each for itself, they could find different things: a run that was told to stop may be saving still, which the first waits for.
     """
-    found: list[str | None] = [None, None]
-    if ranks.world > 1:
-        join(ranks)
-    if ranks.first:
-        try:
-            claim(checked.config.folder)
-            start = find_start(checked, say=True)
-            found = [None, str(start.folder) if start else None]
-        except UserError as error:
-            found = [str(error), None]
-    if ranks.world > 1:
-        torch.distributed.broadcast_object_list(found)
-    problem, folder = found
-    if problem is not None:
-        if ranks.world > 1:
-            torch.distributed.destroy_process_group()
-        raise UserError(problem)
-    return Checkpoint(Path(folder)) if folder else None
+    if ranks.world == 1:
+        claim(checked.config.folder)
+        return find_start(checked, say=True)
+    join(ranks)
+    word, said = _lead(checked, ranks) if ranks.first else _follow(ranks)
+    if word == "refuse":
+        torch.distributed.destroy_process_group()
+        raise UserError(str(said))
+    return Checkpoint(Path(said)) if said else None
 
 
-def find_start(checked: Checked, say: bool) -> Checkpoint | None:
+def _lead(checked: Checked, ranks: Ranks) -> tuple[str, str | None]:
+    """The first process decides; the others verify what it asks them to, until they hear what was decided."""
+
+    def problem(found: Checkpoint) -> str | None:
+        _broadcast(("verify", str(found.folder)))
+        return _problem_together(str(found.folder), ranks)
+
+    try:
+        claim(checked.config.folder)
+        start = find_start(checked, say=True, problem=problem)
+        return _broadcast(("start", str(start.folder) if start else None))
+    except UserError as error:
+        return _broadcast(("refuse", str(error)))
+
+
+def _follow(ranks: Ranks) -> tuple[str, str | None]:
+    while True:
+        word, said = _broadcast(None)
+        if word != "verify":
+            return word, said
+        _problem_together(said, ranks)
+
+
+def _problem_together(folder: str, ranks: Ranks) -> str | None:
+    """Has every process verify its share of a checkpoint's files: one alone would hash for minutes what all wrote in seconds."""
+    try:
+        found = Checkpoint(Path(folder))
+        mine = found.problem(found.share(ranks.rank, ranks.world))
+    except BadCheckpoint as error:
+        mine = str(error)
+    problems: list[str | None] = [None] * ranks.world
+    torch.distributed.all_gather_object(problems, mine)
+    return next(filter(None, problems), None)
+
+
+def _broadcast(message: Any) -> Any:
+    """The first process's message, on all."""
+    box = [message]
+    torch.distributed.broadcast_object_list(box)
+    return box[0]
+
+
+def find_start(checked: Checked, say: bool, problem: Callable[[Checkpoint], str | None] = Checkpoint.problem) -> Checkpoint | None:
     """The checkpoint that `run.resume` asks for: the newest one that is whole and of this model and data, or None.
 
-    A damaged one is named and the one before it tried; raises UserError where one was found but is not this run's.
+    A damaged one is named and the one before it tried; raises UserError where one was found but is not this run's, and where
+    there were checkpoints once and are none now. problem: verifies one; says what is wrong with it.
     """
     config, run = checked.config, checked.config.run
+    folders = checkpoint.step_folders(config.folder)
     if run.resume == "never":
-        if checkpoint.step_folders(config.folder):
+        if folders:
             raise UserError(f"{config.folder} holds checkpoints and run.resume = never; choose another run.name, or auto")
         return None
     damaged = []
-    for folder in checkpoint.step_folders(config.folder):
+    for folder in folders:
         try:
             found = Checkpoint(folder)
-            problem = found.problem()
-        except checkpoint.BadCheckpoint as error:
-            problem = str(error)
-        if problem is None:
+            bad = problem(found)
+        except BadCheckpoint as error:
+            bad = str(error)
+        if bad is None:
             _check_same_run(checked, found)
             if say:
                 print(f"resuming from {folder}", flush=True)
             return found
-        damaged.append(problem)
+        damaged.append(bad)
         if say:
-            print(f"cannot resume from {folder}: {problem}", file=sys.stderr, flush=True)
+            print(f"cannot resume from {folder}: {bad}", file=sys.stderr, flush=True)
     if damaged or run.resume == "required":
         raise UserError(f"{config.folder} holds no checkpoint to resume from ({'; '.join(damaged) or 'none was written'})")
+    lost = _check_nothing_is_gone(config)
     if say:
         print(f"no checkpoint in {config.folder}: starting at step 0", flush=True)
+        if lost:
+            text = f"WARNING: {config.folder} was at step {lost} and had not saved yet: these steps are computed again"
+            print(text, file=sys.stderr, flush=True)
     return None
 
 
-def find_weights(checked: Checked, say: bool) -> Checkpoint | None:
+def _check_nothing_is_gone(config: RunConfig[Any]) -> int:
+    """Refuses to start at step 0 a run that must have saved before; returns the step that one reached which had not saved yet."""
+    folder, every = config.folder, config.run.save_every
+    reached = MetricsLog(folder).last_step()
+    named = checkpoint.latest(folder)
+    if named or (every and reached >= 2 * every):  # the first may have been under way still when the second was due
+        what = f"{folder}/latest names {named}" if named else f"{folder}/metrics.jsonl goes to step {reached}"
+        raise UserError(
+            f"{what}, and there is no checkpoint: it would begin again at step 0; put checkpoints/ back, choose another "
+            "run.name, or say run.resume=never to throw these steps away"
+        )
+    return reached
+
+
+def agree_on_weights(checked: Checked, ranks: Ranks) -> Checkpoint | None:
+    """As `find_weights`, for all processes together; they share the work of verifying them."""
+    if ranks.world == 1:
+        return find_weights(checked, say=True)
+    return find_weights(checked, ranks.first, lambda found: _problem_together(str(found.folder), ranks))
+
+
+def find_weights(
+    checked: Checked, say: bool, problem: Callable[[Checkpoint], str | None] = Checkpoint.problem
+) -> Checkpoint | None:
     """The checkpoint of `run.init_from`, whole and of this run's architecture; None where none is asked for.
 
     Raises UserError naming the first difference. Its optimizer, step and data do not matter: the run starts at step 0.
@@ -87,8 +150,8 @@ def find_weights(checked: Checked, say: bool) -> Checkpoint | None:
     if config.run.init_from is None:
         return None
     found = checkpoint.newest(Path(config.run.init_from))
-    if problem := found.problem():
-        raise UserError(f"run.init_from: {problem}")
+    if bad := problem(found):
+        raise UserError(f"run.init_from: {bad}")
     said = {key: value for key, value in found.state["config"]["model"].items() if key in type(config.model).model_fields}
     if difference := differing(config.model, type(config.model)(**said)):
         key, ours, theirs = difference

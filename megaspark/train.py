@@ -31,7 +31,7 @@ from megaspark.recorders import Recorder
 from megaspark.samples import Samples, unigram_entropy
 from megaspark.savers import Saver
 from megaspark.signals import INTERRUPTED, Told
-from megaspark.starts import agree_on_start, config_hash, data_digest, find_weights, identity, tokenizer_file
+from megaspark.starts import agree_on_start, agree_on_weights, config_hash, data_digest, identity, tokenizer_file
 
 DEMO = "llama-demo.yaml"
 
@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     checked = check_run(config, tree, ranks.world)
     start = agree_on_start(checked, ranks)
     try:
-        weights = None if start else find_weights(checked, say=ranks.first)
+        weights = None if start else agree_on_weights(checked, ranks)
         status = train(checked, ranks, start, weights)
     except (Exception, KeyboardInterrupt) as error:
         if isinstance(error, UserError):
