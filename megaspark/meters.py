@@ -12,6 +12,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -64,12 +65,16 @@ class StepMeter:
 
 
 class MetricsLog:
-    """Appends lines to `folder`/metrics.jsonl, each written through at once, and their numbers to TensorBoard."""
+    """Appends lines to `folder`/metrics.jsonl, each written through at once, and their numbers to TensorBoard.
+
+    On a full disk, as one is while a save fails on it, lines wait in memory until there is room again.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.path = folder / METRICS
-        self._file: io.BufferedWriter | None = None
+        self._file: io.FileIO | None = None
+        self._waiting = b""
         self._board: Any = None
         self._purge_step: int | None = None
 
@@ -92,17 +97,26 @@ class MetricsLog:
 
     def write(self, line: Mapping[str, Any]) -> None:
         """Appends one line; those of an evaluation carry `split`."""
-        if self._file is None:
-            self._file = open(self.path, "ab")  # noqa: SIM115 (held open until close)
-        self._file.write(to_json(line).encode() + b"\n")
-        self._file.flush()
-        self._tensorboard(line)
+        self._waiting += to_json(line).encode() + b"\n"
+        try:
+            if self._file is None:
+                self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 (held open until close)
+            while self._waiting:
+                self._waiting = self._waiting[self._file.write(self._waiting) :]
+            self._tensorboard(line)
+        except OSError as error:  # a full disk must not stop the run; TensorBoard's thread ends with it and tells us here
+            waiting = self._waiting.count(b"\n")
+            text = f"{self.folder}: METRICS NOT WRITTEN: {error}; {waiting} lines wait in memory, the run goes on"
+            print(text, file=sys.stderr, flush=True)
+            if not self._waiting:
+                self._board, self._purge_step = None, None
 
     def close(self) -> None:
         """Flushes and closes both."""
         self._close_file()
         if self._board is not None:
-            self._board.close()
+            with suppress(OSError):
+                self._board.close()
             self._board = None
 
     def _close_file(self) -> None:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from megaspark.flops import Flops
 from megaspark.meters import METRICS, MetricsLog, StepMeter, peak_memory_bytes, terminal_line, to_json
+from saves import small_disk
 
 KEYS = {
     "step",
@@ -174,3 +175,22 @@ def test_terminal_line():
     )
     bare = terminal_line({**line, "mfu": None, "joules_per_token": None, "grad_norm": None, "loss": math.nan}, 40)
     assert bare == "step 40/40 | loss nan | lr 1.00e-03 | 12,346 tokens/s | ETA 0:00:00"
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's thread
+def test_full_disk_keeps_the_lines_and_the_run(tmp_path, capsys):
+    """A save that fills the disk from a thread must not end the run by way of its metrics, nor leave a gap in them."""
+    with small_disk(tmp_path / "run", "64k") as resize:
+        log = MetricsLog(tmp_path / "run")
+        log.write({"step": 1, "loss": 1.5})
+        with (tmp_path / "run" / "filler").open("wb", buffering=0) as file, pytest.raises(OSError, match="No space"):
+            while True:
+                file.write(b"x" * 512)
+        for step in range(2, 400):  # more than the rest of the file's last page takes
+            log.write({"step": step, "loss": 1 / step})
+        assert "METRICS NOT WRITTEN" in capsys.readouterr().err
+        assert len(log.path.read_bytes().splitlines()) < 399
+        resize("4m")
+        log.write({"step": 400, "loss": 0.5})
+        log.close()
+        assert [json.loads(line)["step"] for line in log.path.read_text().splitlines()] == [*range(1, 401)]
