@@ -1,6 +1,6 @@
 """Checkpoints without a layout: every process writes the fragments it holds, any number of processes reads them back.
 
-A checkpoint is a folder `step_00001000/` of safetensors files, one a process, each with 1-D fp32 fragments under the keys
+A checkpoint is a folder `step_00001000/` of safetensors files, some a process, each with 1-D fp32 fragments under the keys
 "NAME/master", "NAME/exp_avg" and "NAME/exp_avg_sq", and `checkpoint.json`: the step, the number of samples taken, what the run
 is, each parameter's shape and fragments (file, start, length), the size and sha256 of every file and of itself. It is written
 under another name and renamed when everything is on the disk (`checkpoint_writers.py`): it exists whole or not at all. Nothing in
@@ -81,7 +81,8 @@ class Checkpoint:
 
     def share(self, rank: int, world: int) -> list[str]:
         """The files that one of `world` processes verifies: where as many wrote them, those that it is to read itself."""
-        return sorted(self.files)[rank::world]
+        count = len(self.files)
+        return sorted(self.files)[count * rank // world : count * (rank + 1) // world]
 
     def _problem_of(self, name: str) -> str | None:
         path, entry = self.folder / name, self.files[name]

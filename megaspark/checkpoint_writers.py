@@ -10,6 +10,9 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +25,8 @@ from megaspark.fragments import STATE, Fragment
 from megaspark.safetensors_files import Rows, plan_shards, write_file
 
 MASTERS_FILE_BYTES = 16 * 10**9
+FILES_AT_MOST = 4  # of one process
+FILE_ELEMENTS = 1 << 23  # a process that holds no more, 100 MB, writes a single one
 PARTIAL = ".partial"
 
 
@@ -48,15 +53,15 @@ class Save:
         return self.problem
 
     def write(self, held: Iterable[Fragment]) -> None:
-        """Writes this process's file, if it holds anything, and waits for the disk. Needs nobody else; raises nothing."""
-        self.problem = attempt(lambda: self._part.update(_write_fragments(self.partial, f"rank_{self.rank:05d}.safetensors", held)))
+        """Writes this process's files, if it holds anything, and waits for the disk. Needs nobody else; raises nothing."""
+        self.problem = attempt(lambda: self._part.update(_write_fragments(self.partial, self.rank, held)))
 
     def collect(self) -> str | None:
         """Hears from everybody what was written; returns the problem. After one nothing is left of the save."""
         told = self.gather((self.problem, self._part))
         self.problem = next((problem for problem, _ in told if problem), None)
         self._parts = [part for _, part in told if part]
-        self.file_bytes = sum(facts["bytes"] for part in self._parts for facts in part["file"].values())
+        self.file_bytes = sum(facts["bytes"] for part in self._parts for facts in part["files"].values())
         if self.problem and self.rank == 0:
             shutil.rmtree(self.partial, ignore_errors=True)
         return self.problem
@@ -78,7 +83,7 @@ class Save:
         for part in self._parts:
             for name, shape, piece in part["fragments"]:
                 parameters.setdefault(name, {"shape": shape, "fragments": []})["fragments"].append(piece)
-        files = {name: facts for part in self._parts for name, facts in part["file"].items()}
+        files = {name: facts for part in self._parts for name, facts in part["files"].items()}
         _write_index(self.partial, self.state, files, parameters)
         if self.folder.exists():
             shutil.rmtree(self.folder)
@@ -161,16 +166,42 @@ def attempt(action: Callable[[], Any]) -> str | None:
     return None
 
 
-def _write_fragments(partial: Path, name: str, held: Iterable[Fragment]) -> dict[str, Any]:
-    """Writes this process's file; returns its index entry, empty where it holds nothing."""
+def _write_fragments(partial: Path, rank: int, held: Iterable[Fragment]) -> dict[str, Any]:
+    """Writes this process's files; returns its index entry, empty where it holds nothing.
+
+    Several files of equal size, so that several cores can hash them, now and at every start: sha256 is slower than many a disk.
+    """
     listed = [fragment for fragment in held if fragment.length]
-    if not listed:
-        return {}
-    tensors = {f"{fragment.name}/{kind}": fragment.tensors[kind].detach() for fragment in listed for kind in STATE}
+    elements = sum(fragment.length for fragment in listed)
+    count = min(FILES_AT_MOST, -(-elements // FILE_ELEMENTS))
+    names = [f"rank_{rank:05d}{f'_{number}' if number else ''}.safetensors" for number in range(count)]
+    parts = _cut(listed, elements, count)
+    with ThreadPoolExecutor(max(1, torch.get_num_threads())) as pool:
+        facts = pool.map(lambda name, part: _write_part(partial / name, part), names, parts)
+        files = dict(zip(names, facts, strict=True))
+    pieces = [(f.name, list(f.shape), [name, f.start, f.length]) for name, part in zip(names, parts, strict=True) for f in part]
+    return {"files": files, "fragments": pieces} if files else {}
+
+
+def _cut(held: list[Fragment], elements: int, count: int) -> list[list[Fragment]]:
+    """The same elements in `count` lists of equal length, or one more; fragments are cut where need be."""
+    bounds = [elements * number // count for number in range(count + 1)] if count else []
+    out: list[list[Fragment]] = [[] for _ in range(count)]
+    begin = 0
+    for fragment in held:
+        for part, (first, last) in zip(out, pairwise(bounds), strict=True):
+            a, b = max(first - begin, 0), min(last - begin, fragment.length)
+            if a < b:
+                views = {kind: fragment.tensors[kind].detach().narrow(0, a, b - a) for kind in STATE}
+                part.append(replace(fragment, start=fragment.start + a, length=b - a, tensors=views))
+        begin += fragment.length
+    return out
+
+
+def _write_part(path: Path, part: list[Fragment]) -> dict[str, int | str]:
+    tensors = {f"{fragment.name}/{kind}": fragment.tensors[kind] for fragment in part for kind in STATE}
     shapes = {key: (len(tensor),) for key, tensor in tensors.items()}
-    facts = write_file(partial / name, shapes, lambda key, first, last: tensors[key][first:last].cpu(), torch.float32)
-    pieces = [(fragment.name, list(fragment.shape), [name, fragment.start, fragment.length]) for fragment in listed]
-    return {"file": {name: facts}, "fragments": pieces}
+    return write_file(path, shapes, lambda key, first, last: tensors[key][first:last].cpu(), torch.float32)
 
 
 def _write_index(folder: Path, state: dict[str, Any], files: dict[str, Any], parameters: dict[str, Any]) -> None:

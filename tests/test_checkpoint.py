@@ -18,6 +18,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from conftest import CHECKOUT, process_environment
+from megaspark import checkpoint_writers
 from megaspark.checkpoint import (
     INDEX,
     BadCheckpoint,
@@ -52,6 +53,26 @@ def test_any_split_in_any_split_out(tmp_path_factory, cuts_in, cuts_out, seed):
                 assert same_bits(fragment.tensors[kind], expected)
     for name, shape in SHAPES.items():
         assert same_bits(checkpoint.tensor(name), state[name]["master"].view(shape))
+
+
+@given(CUTS, st.integers(1, 60), st.integers(1, 5))
+@hypothesis_settings(max_examples=30, deadline=None)
+def test_several_files_a_process(tmp_path_factory, cuts, file_elements, files_at_most):
+    """A large process's state is cut into files, in the middle of parameters: an element twice, or in none, or in the wrong one."""
+    state, run = random_state(8), tmp_path_factory.mktemp("run")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint_writers, "FILE_ELEMENTS", file_elements)
+        patch.setattr(checkpoint_writers, "FILES_AT_MOST", files_at_most)
+        checkpoint = Checkpoint(save_whole(step_folder(run, 5), state, cuts=cuts))
+    assert checkpoint.problem() is None
+    for name in SHAPES:
+        assert all(same_bits(checkpoint.read(name, kind), state[name][kind]) for kind in STATE)
+    by_rank = [[n for n in checkpoint.files if n.startswith(f"rank_{rank:05d}")] for rank in range(len(cut(state, cuts)))]
+    for rank, held in enumerate(cut(state, cuts)):
+        elements = sum(fragment.length for fragment in held)
+        assert len(by_rank[rank]) == min(files_at_most, -(-elements // file_elements))
+        sizes = [sum(p.length for ps in checkpoint.pieces.values() for p in ps if p.file == name) for name in by_rank[rank]]
+        assert sum(sizes) == elements and (not sizes or max(sizes) - min(sizes) <= 1)
 
 
 def test_odd_bit_patterns_survive(tmp_path):
