@@ -76,6 +76,20 @@ def test_what_is_written_is_the_moment_of_the_save(tmp_path: Path) -> None:
     assert holds(step_folder(tmp_path, 7), state) and newest(tmp_path).step == 7
 
 
+def test_nobody_goes_on_while_another_writes(tmp_path: Path) -> None:
+    """All would stand still until the slowest process's disk is done: the stall that writing in the background is to avoid."""
+    loop = Loop(tmp_path, random_state(1))
+    loop.save(7)
+    for saver in loop.savers:
+        assert saver._writer is not None
+        saver._writer.join()
+    for saver in loop.savers:
+        saver.heard([1.0])  # one after the other: who meets the others here waits for ever
+        assert saver._current is not None and not step_folders(tmp_path)
+    assert not loop.step()
+    assert loop.finish() == [True, True] and newest(tmp_path).step == 7
+
+
 @pytest.mark.parametrize("behind", [True, False])
 def test_saved_at_the_end_is_there_at_the_end(tmp_path: Path, behind: bool) -> None:
     """The last save of a run must not be left to a thread that dies with the process."""
