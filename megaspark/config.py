@@ -117,13 +117,22 @@ class Run(Section):
     )
     compile: bool = Field(False, description="torch.compile of every block: minutes at the start, faster steps")
     save_every: int = Field(1000, ge=0, description="steps between checkpoints; 0 = only the last")
+    save_async: bool = Field(True, description="write in the background, from a copy: 12 bytes a parameter held, in host memory")
     keep_last: int = Field(2, ge=0, description="checkpoints kept; 0 = all")
+    keep_every: int = Field(0, ge=0, description="checkpoints whose step divides by this are kept besides; 0 = none")
     eval_every: int = Field(1000, ge=0, description="steps between evaluations; 0 = never")
     eval_batches: int = Field(4, gt=0, description="global batches of samples of each validation dataset in one evaluation")
     resume: Literal["auto", "required", "never"] = "auto"
     init_from: str | None = Field(None, description="a checkpoint or run folder whose weights step 0 starts from")
     stop_after: int | None = Field(None, gt=0, description="end early at this step, with a checkpoint")
     hang_after_s: float = Field(600.0, ge=0, description="a step that lasts longer ends the run, with stacks; 0 = never")
+
+    @model_validator(mode="after")
+    def _keeps_what_is_saved(self) -> Run:
+        if self.save_every and self.keep_every % self.save_every:
+            near = max(1, round(self.keep_every / self.save_every)) * self.save_every
+            raise ValueError(f"run.keep_every = {self.keep_every} is no multiple of run.save_every = {self.save_every}: set {near}")
+        return self
 
 
 ModelT = TypeVar("ModelT", bound=Section)

@@ -13,6 +13,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -123,12 +124,16 @@ def _mean(values: Collection[float]) -> float:
 
 
 class MetricsLog:
-    """Appends lines to `folder`/metrics.jsonl, each written through at once, and their numbers to TensorBoard."""
+    """Appends lines to `folder`/metrics.jsonl, each written through at once, and their numbers to TensorBoard.
+
+    On a full disk, as one is while a save fails on it, lines wait in memory until there is room again.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.path = folder / METRICS
-        self._file: io.BufferedWriter | None = None
+        self._file: io.FileIO | None = None
+        self._waiting = b""
         self._board: Any = None
         self._purge_step: int | None = None
 
@@ -147,19 +152,33 @@ class MetricsLog:
             write_atomically(self.path, b"".join(kept))
         return len(lines) - len(kept)
 
+    def last_step(self) -> int:
+        """The last step of which there is a line; 0 if there is none."""
+        lines = self.path.read_bytes().splitlines(keepends=True) if self.path.exists() else []
+        return max((found for line in lines if (found := _step_of(line)) is not None), default=0)
+
     def write(self, line: Mapping[str, Any]) -> None:
         """Appends one line; those of an evaluation carry `split`."""
-        if self._file is None:
-            self._file = open(self.path, "ab")  # noqa: SIM115 (held open until close)
-        self._file.write(to_json(line).encode() + b"\n")
-        self._file.flush()
-        self._tensorboard(line)
+        self._waiting += to_json(line).encode() + b"\n"
+        try:
+            if self._file is None:
+                self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 (held open until close)
+            while self._waiting:
+                self._waiting = self._waiting[self._file.write(self._waiting) :]
+            self._tensorboard(line)
+        except OSError as error:  # a full disk must not stop the run; TensorBoard's thread ends with it and tells us here
+            waiting = self._waiting.count(b"\n")
+            text = f"{self.folder}: METRICS NOT WRITTEN: {error}; {waiting} lines wait in memory, the run goes on"
+            print(text, file=sys.stderr, flush=True)
+            if not self._waiting:
+                self._board, self._purge_step = None, None
 
     def close(self) -> None:
         """Flushes and closes both."""
         self._close_file()
         if self._board is not None:
-            self._board.close()
+            with suppress(OSError):
+                self._board.close()
             self._board = None
 
     def _close_file(self) -> None:

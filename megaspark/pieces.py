@@ -78,3 +78,9 @@ def rectangles(start: int, length: int, width: int, columns: tuple[int, int] | N
 def row_width(shape: tuple[int, ...]) -> int:
     """Elements of a row of a parameter; a vector is one row."""
     return math.prod(shape[1:]) if len(shape) > 1 else math.prod(shape)
+
+
+def strip_elements(shape: tuple[int, ...], columns: tuple[int, int] | None) -> int:
+    """Elements of a parameter, or of some of its columns."""
+    whole = math.prod(shape)
+    return whole if columns is None else whole // row_width(shape) * columns[1]

@@ -12,6 +12,7 @@ from megaspark.engine import Engine, StepResult
 from megaspark.guards import Guard
 from megaspark.recorders import Recorder
 from megaspark.samples import Samples
+from megaspark.savers import Saver
 from megaspark.starts import Position, agree_on_roll_back, restore
 
 
@@ -22,8 +23,8 @@ class Refusals:
     again, and ends up with the same bits.
     """
 
-    def __init__(self, checked: Checked, engine: Engine, guard: Guard, state: Mapping[str, Any]) -> None:
-        self.checked, self.engine, self.guard, self.ranks = checked, engine, guard, guard.ranks
+    def __init__(self, checked: Checked, engine: Engine, guard: Guard, saver: Saver, state: Mapping[str, Any]) -> None:
+        self.checked, self.engine, self.guard, self.saver, self.ranks = checked, engine, guard, saver, guard.ranks
         self.judge = Judge.of(checked.config.bad_steps, state)
         self.gave_up = False
 
@@ -67,6 +68,7 @@ class Refusals:
         back = None
         if judge.may_roll_back():
             self.guard.at(f"the roll-back after step {at.step}", slow=True)
+            self.saver.finish()  # one that is being written may be the one to go back to
             back = agree_on_roll_back(self.checked, self.ranks)
             why = "there is no checkpoint to roll back to"
         elif limits.then == "roll_back":

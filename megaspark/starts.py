@@ -10,17 +10,20 @@ from typing import Any
 
 import torch
 
-from megaspark import checkpoint, fragments, settings
-from megaspark.checkpoint import Checkpoint
+from megaspark import checkpoint, checkpoint_writers, fragments, settings
+from megaspark.checkpoint import BadCheckpoint, Checkpoint
 from megaspark.config import Checked, RunConfig
 from megaspark.engine import Engine, join
 from megaspark.errors import UserError
 from megaspark.guards import claim
+from megaspark.meters import MetricsLog
 from megaspark.models import differing
 from megaspark.ranks import Ranks
 from megaspark.samples import Phase, changed_past
 from megaspark.shards import TokenDataset
 from megaspark.weights import parameter_shapes
+
+Verify = Callable[[Checkpoint], str | None]  # reads a checkpoint's files; says what is wrong with it
 
 
 @dataclass(frozen=True)
@@ -49,19 +52,19 @@ def restore(engine: Engine, found: Checkpoint) -> None:
 
 
 def agree_on_start(checked: Checked, ranks: Ranks) -> Checkpoint | None:
-    """What the first process finds to start from (`find_start`), for all of them.
+    """What the first process finds to start from (`find_start`), for all of them; they share the work of verifying it.
 
     Each for itself, they could find different things: a run that was told to stop may be saving still, which the first waits for.
     """
-
-    def find() -> Checkpoint | None:
-        claim(checked.config.folder)
-        return find_start(checked, say=True)
-
     if ranks.world > 1:
         join(ranks)
+
+    def find(problem: Verify) -> Checkpoint | None:
+        claim(checked.config.folder)
+        return find_start(checked, say=True, problem=problem)
+
     try:
-        return _first_finds(find, ranks)
+        return _together(find, ranks)
     except UserError:
         if ranks.world > 1:
             torch.distributed.destroy_process_group()
@@ -72,76 +75,137 @@ def agree_on_roll_back(checked: Checked, ranks: Ranks) -> Checkpoint | None:
     """The newest whole checkpoint that was not written amid bad steps, for all processes; those after it are removed."""
     run = checked.config.folder
 
-    def find() -> Checkpoint | None:
+    def find(problem: Verify) -> Checkpoint | None:
         for folder in checkpoint.step_folders(run):
-            found, problem = _opened(folder)
+            found, bad = _opened(folder, problem)
             if found is None:
-                print(f"cannot roll back to {folder}: {problem}", file=sys.stderr, flush=True)
+                print(f"cannot roll back to {folder}: {bad}", file=sys.stderr, flush=True)
             elif not found.state.get("bad_steps", {}).get("in_a_row"):
-                for removed in checkpoint.discard_after(run, found.step):
+                for removed in checkpoint_writers.discard_after(run, found.step):
                     print(f"{removed} is removed: bad steps led to it, or it is damaged", flush=True)
                 return found
         return None
 
-    return _first_finds(find, ranks)
+    return _together(find, ranks)
 
 
-def _first_finds(find: Callable[[], Checkpoint | None], ranks: Ranks) -> Checkpoint | None:
-    """What `find` returns to, or raises in, the first process, on all of them."""
-    told: list[str | None] = [None, None]
-    if ranks.first:
-        try:
-            found = find()
-            told = [None, str(found.folder) if found else None]
-        except UserError as error:
-            told = [str(error), None]
-    if ranks.world > 1:
-        torch.distributed.broadcast_object_list(told)
-    problem, folder = told
-    if problem is not None:
-        raise UserError(problem)
-    return Checkpoint(Path(folder)) if folder else None
+def _together(find: Callable[[Verify], Checkpoint | None], ranks: Ranks) -> Checkpoint | None:
+    """What `find` returns to, or raises in, the first process, on all of them; the others verify what it has verified."""
+    if ranks.world == 1:
+        return find(Checkpoint.problem)
+    word, said = _lead(find, ranks) if ranks.first else _follow(ranks)
+    if word == "refuse":
+        raise UserError(str(said))
+    return Checkpoint(Path(said)) if said else None
 
 
-def _opened(folder: Path) -> tuple[Checkpoint | None, str | None]:
+def _lead(find: Callable[[Verify], Checkpoint | None], ranks: Ranks) -> tuple[str, str | None]:
+    """The first process decides; the others verify what it asks them to, until they hear what was decided."""
+
+    def problem(found: Checkpoint) -> str | None:
+        _broadcast(("verify", str(found.folder)))
+        return _problem_together(str(found.folder), ranks)
+
+    try:
+        found = find(problem)
+        return _broadcast(("start", str(found.folder) if found else None))
+    except UserError as error:
+        return _broadcast(("refuse", str(error)))
+
+
+def _follow(ranks: Ranks) -> tuple[str, str | None]:
+    while True:
+        word, said = _broadcast(None)
+        if word != "verify":
+            return word, said
+        _problem_together(said, ranks)
+
+
+def _problem_together(folder: str, ranks: Ranks) -> str | None:
+    """Has every process verify its share of a checkpoint's files: one alone would hash for minutes what all wrote in seconds."""
+    try:
+        found = Checkpoint(Path(folder))
+        mine = found.problem(found.share(ranks.rank, ranks.world))
+    except BadCheckpoint as error:
+        mine = str(error)
+    problems: list[str | None] = [None] * ranks.world
+    torch.distributed.all_gather_object(problems, mine)
+    return next(filter(None, problems), None)
+
+
+def _broadcast(message: Any) -> Any:
+    """The first process's message, on all."""
+    box = [message]
+    torch.distributed.broadcast_object_list(box)
+    return box[0]
+
+
+def _opened(folder: Path, problem: Verify) -> tuple[Checkpoint | None, str | None]:
     """A checkpoint whose every byte is as written, or what is wrong with it."""
     try:
         found = Checkpoint(folder)
-        problem = found.problem()
-    except checkpoint.BadCheckpoint as error:
+        bad = problem(found)
+    except BadCheckpoint as error:
         return None, str(error)
-    return (found, None) if problem is None else (None, problem)
+    return (found, None) if bad is None else (None, bad)
 
 
-def find_start(checked: Checked, say: bool) -> Checkpoint | None:
+def find_start(checked: Checked, say: bool, problem: Verify = Checkpoint.problem) -> Checkpoint | None:
     """The checkpoint that `run.resume` asks for: the newest one that is whole and of this model and data, or None.
 
-    A damaged one is named and the one before it tried; raises UserError where one was found but is not this run's.
+    A damaged one is named and the one before it tried; raises UserError where one was found but is not this run's, and where
+    there were checkpoints once and are none now. problem: verifies one; says what is wrong with it.
     """
     config, run = checked.config, checked.config.run
+    folders = checkpoint.step_folders(config.folder)
     if run.resume == "never":
-        if checkpoint.step_folders(config.folder):
+        if folders:
             raise UserError(f"{config.folder} holds checkpoints and run.resume = never; choose another run.name, or auto")
         return None
     damaged = []
-    for folder in checkpoint.step_folders(config.folder):
-        found, problem = _opened(folder)
+    for folder in folders:
+        found, bad = _opened(folder, problem)
         if found is not None:
             _check_same_run(checked, found)
             if say:
                 print(f"resuming from {folder}", flush=True)
             return found
-        damaged.append(str(problem))
+        damaged.append(str(bad))
         if say:
-            print(f"cannot resume from {folder}: {problem}", file=sys.stderr, flush=True)
+            print(f"cannot resume from {folder}: {bad}", file=sys.stderr, flush=True)
     if damaged or run.resume == "required":
         raise UserError(f"{config.folder} holds no checkpoint to resume from ({'; '.join(damaged) or 'none was written'})")
+    lost = _check_nothing_is_gone(config)
     if say:
         print(f"no checkpoint in {config.folder}: starting at step 0", flush=True)
+        if lost:
+            text = f"WARNING: {config.folder} was at step {lost} and had not saved yet: these steps are computed again"
+            print(text, file=sys.stderr, flush=True)
     return None
 
 
-def find_weights(checked: Checked, say: bool) -> Checkpoint | None:
+def _check_nothing_is_gone(config: RunConfig[Any]) -> int:
+    """Refuses to start at step 0 a run that must have saved before; returns the step that one reached which had not saved yet."""
+    folder, every = config.folder, config.run.save_every
+    reached = MetricsLog(folder).last_step()
+    named = checkpoint.latest(folder)
+    if named or (every and reached >= 2 * every):  # the first may have been under way still when the second was due
+        what = f"{folder}/latest names {named}" if named else f"{folder}/metrics.jsonl goes to step {reached}"
+        raise UserError(
+            f"{what}, and there is no checkpoint: it would begin again at step 0; put checkpoints/ back, choose another "
+            "run.name, or say run.resume=never to throw these steps away"
+        )
+    return reached
+
+
+def agree_on_weights(checked: Checked, ranks: Ranks) -> Checkpoint | None:
+    """As `find_weights`, for all processes together; they share the work of verifying them."""
+    if ranks.world == 1:
+        return find_weights(checked, say=True)
+    return find_weights(checked, ranks.first, lambda found: _problem_together(str(found.folder), ranks))
+
+
+def find_weights(checked: Checked, say: bool, problem: Verify = Checkpoint.problem) -> Checkpoint | None:
     """The checkpoint of `run.init_from`, whole and of this run's architecture; None where none is asked for.
 
     Raises UserError naming the first difference. Its optimizer, step and data do not matter: the run starts at step 0.
@@ -150,8 +214,8 @@ def find_weights(checked: Checked, say: bool) -> Checkpoint | None:
     if config.run.init_from is None:
         return None
     found = checkpoint.newest(Path(config.run.init_from))
-    if problem := found.problem():
-        raise UserError(f"run.init_from: {problem}")
+    if bad := problem(found):
+        raise UserError(f"run.init_from: {bad}")
     said = {key: value for key, value in found.state["config"]["model"].items() if key in type(config.model).model_fields}
     if difference := differing(config.model, type(config.model)(**said)):
         key, ours, theirs = difference

@@ -31,13 +31,14 @@ from megaspark.ranks import Ranks
 from megaspark.recorders import SAVE, Recorder
 from megaspark.refusals import Refusals
 from megaspark.samples import Samples, unigram_entropy
+from megaspark.savers import Saver
 from megaspark.signals import INTERRUPTED, Told
 from megaspark.starts import (
     Position,
     agree_on_start,
+    agree_on_weights,
     config_hash,
     data_digest,
-    find_weights,
     identity,
     restore,
     tokenizer_file,
@@ -56,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     checked = check_run(config, tree, ranks.world)
     start = agree_on_start(checked, ranks)
     try:
-        weights = None if start else find_weights(checked, say=ranks.first)
+        weights = None if start else agree_on_weights(checked, ranks)
         status = train(checked, ranks, start, weights)
     except (Exception, KeyboardInterrupt) as error:
         if isinstance(error, UserError):
@@ -120,7 +121,13 @@ def _train(
         _say(ranks, f"at sample {first:,} the cut changes: {count:,} samples of {name} are left out of its epoch")
     schedule = CosineSchedule(config.optim.lr, config.optim.min_lr, config.optim.warmup_steps, run.steps)
     recorder = Recorder(checked, ranks, engine, at.step, end)
-    refusals = Refusals(checked, engine, guard, start.state if start else {})
+    keep = (run.keep_last, run.keep_every)
+    saver = Saver(folder, ranks.rank, engine.gather, keep, engine.owned() if run.save_async and run.save_every else None)
+    refusals = Refusals(checked, engine, guard, saver, start.state if start else {})
+
+    def asked() -> list[float]:
+        return [*saver.pending(), *guard.requests.pending()]
+
     first_step, saved, told = at.step, True, Told()
     while at.step < end and not told.stop and not refusals.gave_up:
         lr = schedule(at.step)
@@ -129,8 +136,9 @@ def _train(
         refusals.judge.enter(phase.first_sample)
         new_length = at.step == first_step or phase.first_sample == at.samples
         guard.at(f"step {at.step + 1}", slow=new_length)  # it is compiled anew
-        result = engine.step(batches.step(at.samples, batch), lr, guard.requests.pending, refusals.judge.refuse)
-        told = guard.requests.heard(result.asked)
+        result = engine.step(batches.step(at.samples, batch), lr, asked, refusals.judge.refuse)
+        saver.heard(result.asked[:1])
+        told = guard.requests.heard(result.asked[1:])
         at = Position(at.step + 1, at.samples + batch, at.updates + (result.refused is None))
         recorder.step(at.step, samples.tokens_before(at.samples), result, lr)
         after = refusals.settle(at, result, batches, samples, recorder)
@@ -144,9 +152,11 @@ def _train(
             _say(ranks, f"told by a signal to save{' and stop' if told.stop else ''}: at step {at.step}")
         if at.step == end or told.save or told.stop or (run.save_every and at.step % run.save_every == 0):
             guard.at(f"the save of step {at.step}", slow=True)
-            saved = _save(checked, engine, ranks, at, samples.tokens_before(at.samples), refusals.judge)
+            state = _state(checked, at, samples.tokens_before(at.samples), refusals.judge)
+            saved = saver.save(state, engine.owned(), wait=at.step == end or told.stop)
             recorder.pause_over(SAVE)
     guard.at(f"the end at step {at.step}", slow=True)
+    saver.finish()  # of a run that gave up, one may still be under way
     recorder.close()
     engine.wait_for_all()
     whole = at.step == end and not refusals.gave_up
@@ -213,11 +223,11 @@ def _watched(validation: Validation, guard: Guard, recorder: Recorder, step: int
         yield batch
 
 
-def _save(checked: Checked, engine: Engine, ranks: Ranks, at: Position, tokens: int, judge: Judge) -> bool:
-    """Writes the checkpoint of a position; says whether it was written (a full disk stops the save, not the run)."""
+def _state(checked: Checked, at: Position, tokens: int, judge: Judge) -> dict[str, Any]:
+    """All that a checkpoint of a position says besides tensors; `tokens` tokens were seen."""
     config, tokenizer = checked.config, tokenizer_file(checked)
     prepend_bos = next(iter(checked.train.values())).manifest.prepend_bos
-    state = {
+    return {
         "step": at.step,
         "samples": at.samples,
         "tokens": tokens,
@@ -230,14 +240,6 @@ def _save(checked: Checked, engine: Engine, ranks: Ranks, at: Position, tokens: 
         "tokenizer": {"path": str(tokenizer[0].resolve()), "sha256": tokenizer[1], "prepend_bos": prepend_bos},
         "written_by": f"megaspark {__version__}, {checked.layout.world} processes, {checked.layout.words()}",
     }
-    target = checkpoint.step_folder(config.folder, at.step)
-    problem = checkpoint.save(target, state, engine.owned(), ranks.rank, engine.gather)
-    if problem is None and ranks.first:
-        checkpoint.note_latest(config.folder, target)
-        checkpoint.prune(config.folder, config.run.keep_last)
-    if problem is not None:
-        _say(ranks, f"CHECKPOINT NOT WRITTEN: {target}: {problem}; the run goes on, older checkpoints are untouched")
-    return problem is None
 
 
 def _say(ranks: Ranks, text: str) -> None:

@@ -23,7 +23,7 @@ from test_train import alone, pretrain
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from conftest import Finished, tiny_run
-from megaspark import checkpoint
+from megaspark import checkpoint, checkpoint_writers
 from megaspark.bad_steps import GAVE_UP, BadSteps, Judge, not_finite
 from megaspark.config import check_run, load_config
 from megaspark.data_prep.run import main as prep
@@ -155,7 +155,7 @@ def poisoned(text: Path, folder: Path, config: Path, overrides: list[str]) -> Pa
     state = {"step": 0, "samples": 0, "tokens": 0, "config": parsed.resolved()}
     (folder / "step_00000000").mkdir(parents=True)
     shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
-    checkpoint.write_masters(folder / "step_00000000", state, shapes, lambda name, a, b: weights[name][a:b])
+    checkpoint_writers.write_masters(folder / "step_00000000", state, shapes, lambda name, a, b: weights[name][a:b])
     return folder / "step_00000000"
 
 

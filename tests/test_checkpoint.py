@@ -6,10 +6,8 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,88 +16,22 @@ import torch
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 from conftest import CHECKOUT, process_environment
+from megaspark import checkpoint_writers
 from megaspark.checkpoint import (
     INDEX,
     BadCheckpoint,
     Checkpoint,
     load,
     newest,
-    note_latest,
-    prune,
-    save,
     step_folder,
     step_folders,
 )
+from megaspark.checkpoint_writers import note_latest, prune
 from megaspark.errors import UserError
 from megaspark.fragments import STATE, Fragment
-
-SHAPES = {"a.weight": (3, 5), "b.weight": (7,), "c": (1,), "d.weight": (4, 2, 3)}
-State = dict[str, dict[str, Tensor]]
-
-
-def random_state(seed: int, shapes: dict[str, tuple[int, ...]] = SHAPES) -> State:
-    """By parameter and kind: 1-D fp32, with every bit pattern that a float may have but NaN."""
-    generator = torch.Generator().manual_seed(seed)
-    return {name: {kind: torch.randn(math.prod(shape), generator=generator) for kind in STATE} for name, shape in shapes.items()}
-
-
-def cut(state: State, cuts: dict[str, list[int]], shapes: dict[str, tuple[int, ...]] = SHAPES) -> list[list[Fragment]]:
-    """The state as fragments, element ranges [0, c1), [c1, c2) ... of each parameter going to processes 0, 1 ..."""
-    out: list[list[Fragment]] = [[] for _ in range(1 + max(map(len, cuts.values()), default=0))]
-    for name, shape in shapes.items():
-        bounds = [0, *sorted(cuts.get(name, [])), math.prod(shape)]
-        for rank, (start, end) in enumerate(pairwise(bounds)):
-            tensors = {kind: state[name][kind][start:end].clone() for kind in STATE}
-            out[rank].append(Fragment(name, shape, start, end - start, tensors))
-    return out
-
-
-class Processes:
-    """Threads that stand for the processes of a save: `gather` waits for all and gives everybody everybody's value."""
-
-    def __init__(self, count: int) -> None:
-        self.count, self.barrier, self.values = count, threading.Barrier(count, timeout=5), [None] * count
-
-    def gather(self, rank: int) -> Callable[[Any], list[Any]]:
-        def gather(value: Any) -> list[Any]:
-            self.values[rank] = value
-            self.barrier.wait()
-            out = list(self.values)
-            self.barrier.wait()
-            return out
-
-        return gather
-
-    def save(self, folder: Path, state: dict[str, Any], held: list[list[Fragment]]) -> list[Any]:
-        """What `save` returned, or raised, in each process."""
-        results: list[Any] = [None] * self.count
-
-        def work(rank: int) -> None:
-            try:
-                results[rank] = save(folder, state, held[rank], rank, self.gather(rank))
-            except BaseException as error:
-                results[rank] = error
-
-        threads = [threading.Thread(target=work, args=(rank,)) for rank in range(self.count)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        return results
-
-
-def save_whole(folder: Path, state: State, step: int = 5, cuts: dict[str, list[int]] | None = None) -> Path:
-    held = cut(state, cuts or {})
-    assert Processes(len(held)).save(folder, {"step": step, "seed": 7}, held) == [None] * len(held)
-    return folder
-
-
-def same_bits(x: Tensor, y: Tensor) -> bool:
-    return x.shape == y.shape and torch.equal(x.view(torch.int32), y.view(torch.int32))
-
+from saves import SHAPES, Processes, cut, random_state, same_bits, save_whole, small_disk
 
 CUTS = st.fixed_dictionaries({name: st.lists(st.integers(0, math.prod(shape)), max_size=3) for name, shape in SHAPES.items()})
 
@@ -121,6 +53,26 @@ def test_any_split_in_any_split_out(tmp_path_factory, cuts_in, cuts_out, seed):
                 assert same_bits(fragment.tensors[kind], expected)
     for name, shape in SHAPES.items():
         assert same_bits(checkpoint.tensor(name), state[name]["master"].view(shape))
+
+
+@given(CUTS, st.integers(1, 60), st.integers(1, 5))
+@hypothesis_settings(max_examples=30, deadline=None)
+def test_several_files_a_process(tmp_path_factory, cuts, file_elements, files_at_most):
+    """A large process's state is cut into files, in the middle of parameters: an element twice, or in none, or in the wrong one."""
+    state, run = random_state(8), tmp_path_factory.mktemp("run")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint_writers, "FILE_ELEMENTS", file_elements)
+        patch.setattr(checkpoint_writers, "FILES_AT_MOST", files_at_most)
+        checkpoint = Checkpoint(save_whole(step_folder(run, 5), state, cuts=cuts))
+    assert checkpoint.problem() is None
+    for name in SHAPES:
+        assert all(same_bits(checkpoint.read(name, kind), state[name][kind]) for kind in STATE)
+    by_rank = [[n for n in checkpoint.files if n.startswith(f"rank_{rank:05d}")] for rank in range(len(cut(state, cuts)))]
+    for rank, held in enumerate(cut(state, cuts)):
+        elements = sum(fragment.length for fragment in held)
+        assert len(by_rank[rank]) == min(files_at_most, -(-elements // file_elements))
+        sizes = [sum(p.length for ps in checkpoint.pieces.values() for p in ps if p.file == name) for name in by_rank[rank]]
+        assert sum(sizes) == elements and (not sizes or max(sizes) - min(sizes) <= 1)
 
 
 def test_odd_bit_patterns_survive(tmp_path):
@@ -246,7 +198,8 @@ SAVE_FOR_EVER = """
 import sys
 from pathlib import Path
 import torch
-from megaspark.checkpoint import note_latest, prune, save, step_folder
+from megaspark.checkpoint import step_folder
+from megaspark.checkpoint_writers import note_latest, prune, save
 from megaspark.fragments import STATE, Fragment
 run, size = Path(sys.argv[1]), int(sys.argv[2])
 for step in range(1, 10**6):
@@ -260,15 +213,37 @@ for step in range(1, 10**6):
 """
 
 
+# The same by a run's saver, in the background: the loop goes on changing what is saved.
+SAVE_BEHIND_FOR_EVER = """
+import sys, time
+from pathlib import Path
+import torch
+from megaspark.fragments import STATE, Fragment
+from megaspark.savers import Saver
+run, size = Path(sys.argv[1]), int(sys.argv[2])
+held = [Fragment("w", (size,), 0, size, {kind: torch.zeros(size) for kind in STATE})]
+saver = Saver(run, 0, lambda x: [x], (2, 0), held)
+for step in range(1, 10**6):
+    for tensor in held[0].tensors.values():
+        tensor.fill_(step)
+    if step % 3 == 0:
+        began = saver.save({"step": step}, held, wait=False)
+        print(step, flush=True)
+    time.sleep(0.002)
+    saver.heard(saver.pending())
+"""
+
+
+@pytest.mark.parametrize("how", [SAVE_FOR_EVER, SAVE_BEHIND_FOR_EVER], ids=["waited for", "behind"])
 @pytest.mark.parametrize("delay_s", [0.0, 0.003, 0.008, 0.02])
-def test_killed_save_leaves_only_whole_checkpoints(tmp_path, delay_s):
+def test_killed_save_leaves_only_whole_checkpoints(tmp_path, delay_s, how):
     """kill -9 at any moment of saving, noting and pruning: what bears a final name, and what `latest` names, is whole."""
     child = subprocess.Popen(
-        [sys.executable, "-c", SAVE_FOR_EVER, str(tmp_path), str(1 << 19)], stdout=subprocess.PIPE, text=True,
+        [sys.executable, "-c", how, str(tmp_path), str(1 << 19)], stdout=subprocess.PIPE, text=True,
         env=process_environment(), cwd=CHECKOUT,
     )  # fmt: skip
-    for _ in range(3):
-        assert child.stdout.readline().strip().isdigit()
+    while len(step_folders(tmp_path)) < 2:
+        assert child.stdout.readline()
     time.sleep(delay_s)
     os.kill(child.pid, signal.SIGKILL)
     child.wait()
@@ -304,18 +279,12 @@ def test_save_that_hits_a_limit_leaves_the_old_ones(tmp_path, run_python):
 def test_full_disk_leaves_the_old_ones(tmp_path, run_python):
     """DeepSpeed's own save leaves a half folder on a full disk."""
     run = tmp_path / "run"
-    run.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(run)], capture_output=True)
-    if mounted.returncode:
-        pytest.skip("needs the right to mount a small file system")
-    try:
+    with small_disk(run, "1m"):
         said = fill_disk(run, run_python)  # two of 393 kB fit; the third does not
         assert "rror" in said and "o space" in said, said
         assert [p.name for p in step_folders(run)] == ["step_00000002", "step_00000001"]
         assert {p.name for p in (run / "checkpoints").iterdir()} == {"step_00000001", "step_00000002"}
         assert newest(run).step == 2 and newest(run).problem() is None
-    finally:
-        subprocess.run(["umount", str(run)], check=True)
 
 
 def test_folder_that_cannot_be_made_is_told(tmp_path):
@@ -365,3 +334,16 @@ def test_prune_keeps_the_newest(tmp_path):
     prune(tmp_path, 2)
     assert [Checkpoint(p).step for p in step_folders(tmp_path)] == [100, 10]
     assert len(list((tmp_path / "checkpoints").iterdir())) == 2
+
+
+@given(st.sets(st.integers(0, 40), max_size=12), st.integers(0, 4), st.integers(0, 7))
+@hypothesis_settings(max_examples=60, deadline=None)
+def test_prune_keeps_the_newest_and_every_mth(tmp_path_factory, steps, last, every):
+    """A milestone removed is gone for good; one kept too many fills the disk in a week."""
+    run = tmp_path_factory.mktemp("run")
+    for step in steps:
+        step_folder(run, step).mkdir(parents=True)
+    prune(run, last, every)
+    newest_ones = sorted(steps)[-last:] if last else steps
+    kept = {step for step in steps if step in newest_ones or (every and step % every == 0)}
+    assert {int(p.name[5:]) for p in step_folders(run)} == kept

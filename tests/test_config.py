@@ -138,6 +138,7 @@ def test_size_is_a_preset_that_other_keys_override():
         (["kernels.rope=flash_attn"], ["rope has no backend 'flash_attn'", "triton"]),
         (["run.resume=maybe"], ["run.resume"]),
         (["run.name=../elsewhere"], ["run.name"]),
+        (["run.keep_every=120"], ["run.keep_every = 120", "run.save_every = 50", "set 100"]),
         (["run.micro_batch=0"], ["run.micro_batch = 0"]),
         (["data.seq=-4"], ["data.seq = -4"]),
         (["data.blend={a: 0.5, b: 0}"], ["data.blend"]),

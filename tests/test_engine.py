@@ -138,9 +138,9 @@ def counted_steps(engine: Any) -> Iterator[float]:
 
 def save(engine: Any, folder: Path, step: int, ranks: Any) -> None:
     """As the training loop saves: where everybody holds the same, the first writes it."""
-    from megaspark import checkpoint
+    from megaspark import checkpoint_writers
 
-    problem = checkpoint.save(folder, {"step": step}, engine.owned(), ranks.rank, engine.gather)
+    problem = checkpoint_writers.save(folder, {"step": step}, engine.owned(), ranks.rank, engine.gather)
     assert problem is None, problem
 
 

@@ -19,7 +19,7 @@ import torch
 from test_sandboxes import needs_namespaces
 
 from conftest import process_environment, snapshot
-from megaspark import checkpoint
+from megaspark import checkpoint, checkpoint_writers
 from megaspark.errors import UserError
 from megaspark.fragments import Fragment
 from megaspark.models import llama
@@ -77,7 +77,7 @@ def write_run(run: Path, tokenizer: Path, data: Path) -> Path:
         flat = parameter.detach().flatten()
         tensors = {"master": flat, "exp_avg": torch.zeros_like(flat), "exp_avg_sq": torch.zeros_like(flat)}
         held.append(Fragment(name, tuple(parameter.shape), 0, flat.numel(), tensors))
-    assert checkpoint.save(checkpoint.step_folder(run, 7), state, held, 0, lambda value: [value]) is None
+    assert checkpoint_writers.save(checkpoint.step_folder(run, 7), state, held, 0, lambda value: [value]) is None
     return run
 
 

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +14,8 @@ import pytest
 
 from conftest import CHECKOUT, TinyData, free_port, process_environment, tiny_run
 from jobs import Job, losses
+from megaspark.checkpoint import Checkpoint
+from saves import small_disk
 
 PRETRAIN = CHECKOUT / "megaspark" / "pretrain.py"
 STEPS = 150
@@ -163,3 +166,52 @@ def test_fault_leaves_nothing_behind_and_the_run_goes_on(
     again = deepspeed_job(tmp_path, config, *OVERRIDES)
     assert again.ends_within(180) == 0, again.told()
     assert losses(job.run) == undisturbed
+
+
+# ---- a save in the background
+
+
+BIG = ["model.hidden=512", "model.ffn=4096", "optim.lr=1.0e-4", "optim.min_lr=1.0e-5"]  # 151 MB of state: its write takes a while
+
+
+def test_kill_in_mid_write_loses_only_that_save(alone: Callable[..., subprocess.Popen[str]], tmp_path: Path) -> None:
+    """kill -9 while a thread writes: the half one must never be taken for a checkpoint, and the run goes on from the one before."""
+    run, common = tmp_path / "runs" / "tiny", [*BIG, "run.steps=8", "run.save_every=3"]
+    whole = alone(tmp_path, *common, "run.name=whole")
+    said = whole.communicate(timeout=300)[0]
+    assert whole.returncode == 0, said
+    child = alone(tmp_path, *common)
+    half = run / "checkpoints" / "step_00000006.partial" / "rank_00000.safetensors"
+    end = time.monotonic() + 200
+    while not (half.exists() and half.stat().st_size):
+        assert child.poll() is None and time.monotonic() < end, "ended before its second save"
+        time.sleep(0.0005)
+    child.send_signal(signal.SIGSTOP)  # so that what is looked at is what is killed
+    written, full = half.stat().st_size, (run / "checkpoints" / "step_00000003" / half.name).stat().st_size
+    child.kill()
+    child.communicate()
+    assert 0 < written < full, f"{written} of {full} bytes: it was not killed in mid-write"
+    assert half.exists() and max(losses(run)) >= 6 and (run / "latest").read_text().strip() == "step_00000003"
+    again = alone(tmp_path, *common)
+    said = again.communicate(timeout=300)[0]
+    assert again.returncode == 0 and "resuming from" in said and "step_00000003" in said, said
+    assert losses(run) == losses(tmp_path / "runs" / "whole") and len(losses(run)) == 8
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step_00000006", "step_00000008"]
+
+
+def test_full_disk_in_a_background_save_stops_only_the_save(alone: Callable[..., subprocess.Popen[str]], tmp_path: Path) -> None:
+    """A disk that fills up while a thread writes: the run trains on, says so, ends non-zero; with room again it goes on."""
+    with small_disk(tmp_path / "runs", "1m") as resize:
+        run, common = tmp_path / "runs" / "tiny", ["run.save_every=4", "run.keep_last=0"]
+        child = alone(tmp_path, *common, "run.steps=20")
+        said = child.communicate(timeout=120)[0]
+        saved = sorted(path.name for path in (run / "checkpoints").iterdir())
+        assert child.returncode == 1 and "CHECKPOINT NOT WRITTEN" in said and "No space left" in said, said
+        assert sorted(losses(run)) == [*range(1, 21)]
+        assert 1 <= len(saved) < 5 and all(Checkpoint(run / "checkpoints" / name).problem() is None for name in saved)
+        assert (run / "latest").read_text().strip() == saved[-1] and not saved[-1].endswith("20")
+        resize("64m")
+        before = losses(run)
+        again = alone(tmp_path, *common, "run.steps=20")
+        assert f"resuming from {run / 'checkpoints' / saved[-1]}" in again.communicate(timeout=120)[0] and again.returncode == 0
+        assert losses(run) == before and (run / "latest").read_text().strip() == "step_00000020"

@@ -29,6 +29,8 @@ LAYERS = (
     "refusals",
     "starts",
     "recorders guards",
+    "savers",
+    "checkpoint_writers",
     "traffic_reports",
     "engine scorers plans data_prep/run data_prep/dedup",
     "data_prep/dry_run",

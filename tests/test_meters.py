@@ -23,6 +23,7 @@ from megaspark.meters import (
     terminal_line,
     to_json,
 )
+from saves import small_disk
 
 KEYS = {
     "step",
@@ -235,3 +236,22 @@ def test_time_left_follows_the_latest_steps():
     for seconds in [100.0] * 50 + [1.0] * 200:
         left.stepped(seconds)
     assert left.told(9_000) == "0:16:40"
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's thread
+def test_full_disk_keeps_the_lines_and_the_run(tmp_path, capsys):
+    """A save that fills the disk from a thread must not end the run by way of its metrics, nor leave a gap in them."""
+    with small_disk(tmp_path / "run", "64k") as resize:
+        log = MetricsLog(tmp_path / "run")
+        log.write({"step": 1, "loss": 1.5})
+        with (tmp_path / "run" / "filler").open("wb", buffering=0) as file, pytest.raises(OSError, match="No space"):
+            while True:
+                file.write(b"x" * 512)
+        for step in range(2, 400):  # more than the rest of the file's last page takes
+            log.write({"step": step, "loss": 1 / step})
+        assert "METRICS NOT WRITTEN" in capsys.readouterr().err
+        assert len(log.path.read_bytes().splitlines()) < 399
+        resize("4m")
+        log.write({"step": 400, "loss": 0.5})
+        log.close()
+        assert [json.loads(line)["step"] for line in log.path.read_text().splitlines()] == [*range(1, 401)]

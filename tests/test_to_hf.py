@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from conftest import Finished, snapshot
-from megaspark import checkpoint, hf
+from megaspark import checkpoint, checkpoint_writers, hf
 from megaspark.checkpoint import Checkpoint
 from megaspark.cli import main
 from megaspark.fragments import Fragment
@@ -67,7 +67,7 @@ def write_run(run: Path, tokenizer: Path, **model: Any) -> tuple[Path, torch.nn.
 
 
 def save_as_ranks(folder: Path, state: dict[str, Any], held: list[list[Fragment]]) -> str | None:
-    """`checkpoint.save` by several ranks, as threads that meet at every gather."""
+    """`checkpoint_writers.save` by several ranks, as threads that meet at every gather."""
     import threading
 
     barrier, slots = threading.Barrier(len(held)), [None] * len(held)
@@ -81,7 +81,7 @@ def save_as_ranks(folder: Path, state: dict[str, Any], held: list[list[Fragment]
             barrier.wait()
             return out
 
-        problems[rank] = checkpoint.save(folder, state, held[rank], rank, gather)
+        problems[rank] = checkpoint_writers.save(folder, state, held[rank], rank, gather)
 
     threads = [threading.Thread(target=work, args=(rank,)) for rank in range(len(held))]
     for thread in threads:
@@ -298,7 +298,7 @@ def test_checkpoint_of_other_parameters_is_refused(change: str, tmp_path: Path, 
         shapes["blocks.1.mlp.up.weight"] = (48, 72)
     state = {"step": 0, "tokenizer": None, "config": {"model": config.model_dump(mode="json")}, "source": {"files": {}}}
     (tmp_path / "c").mkdir()
-    checkpoint.write_masters(tmp_path / "c", state, shapes, lambda name, a, b: torch.zeros(b - a, *shapes[name][1:]))
+    checkpoint_writers.write_masters(tmp_path / "c", state, shapes, lambda name, a, b: torch.zeros(b - a, *shapes[name][1:]))
     assert main(["to-hf", str(tmp_path / "c"), str(tmp_path / "hf")]) == 2
     said = capsys.readouterr().err
     assert "mlp.up" in said and said.count("\n") == 1 and [p.name for p in tmp_path.iterdir()] == ["c"]
@@ -327,7 +327,7 @@ MEASURE = """
 import json, sys
 from pathlib import Path
 import torch
-from megaspark import checkpoint
+from megaspark import checkpoint_writers
 from megaspark.cli import main
 from megaspark.weights import parameter_shapes
 from megaspark.models.llama import Config
@@ -343,7 +343,7 @@ def make(folder, **model):
         "step": 0, "samples": 0, "tokens": 0, "identity": {}, "config_sha256": "", "tokenizer": None, "written_by": "a test",
         "config": {"model": config.model_dump(mode="json"), "run": {"name": "x"}}, "source": {"folder": "x", "files": {}},
     }
-    checkpoint.write_masters(folder, state, shapes, lambda name, a, b: torch.randn(b - a, *shapes[name][1:]) * 0.02)
+    checkpoint_writers.write_masters(folder, state, shapes, lambda name, a, b: torch.randn(b - a, *shapes[name][1:]) * 0.02)
 
 home, peaks = Path(sys.argv[1]), {}
 make(home / "small", hidden=64, layers=2, heads=4, kv_heads=2, ffn=96, vocab=320, max_positions=64)

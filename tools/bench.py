@@ -8,6 +8,7 @@ from megaspark.errors import UserError
 from megaspark.settings import nearest
 
 BENCHES = {
+    "checkpoint": ("megaspark.tools.bench_checkpoint", "saving, in the background too, and loading, beside dd on the same disk"),
     "data": ("megaspark.tools.bench_data", "data preparation and reading: MB of text a CPU second, scaling, memory"),
     "kernels": ("megaspark.tools.bench_kernels", "kernels: bytes, FLOPs and clocks against what an H200 could do"),
     "liger": ("megaspark.tools.bench_liger", "our kernels beside Liger's: errors, registers, bytes"),

@@ -20,7 +20,7 @@ import yaml
 from pydantic import ValidationError
 from tqdm import tqdm
 
-from megaspark import __version__, checkpoint, hf, proofs, rope_scalings
+from megaspark import __version__, checkpoint, checkpoint_writers, hf, proofs, rope_scalings
 from megaspark.checkpoint import Checkpoint
 from megaspark.config import load_config
 from megaspark.errors import UserError
@@ -56,7 +56,7 @@ def main(argv: list[str]) -> int:
     with whole_folder(out, force=args.force, marker=checkpoint.INDEX, need_bytes=size_bytes) as partial:
         state = _state(folder, weights, config, _carry(folder, partial / "source"))
         with tqdm(total=size_bytes, unit="B", unit_scale=True, file=sys.stderr, disable=not sys.stderr.isatty()) as bar:
-            checkpoint.write_masters(partial, state, shapes, lambda name, a, b: weights.rows(names[name], a, b), bar.update)
+            checkpoint_writers.write_masters(partial, state, shapes, lambda name, a, b: weights.rows(names[name], a, b), bar.update)
         try:
             shown = proofs.prove_logits(module, config, folder, Checkpoint(partial).rows, weights.rows)
         except proofs.Unequal as error:
