@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megaspark.devices import Device
@@ -56,11 +55,6 @@ def seconds_of(volume: Volume, device: Device) -> float:
         return volume.sent_bytes / device.node_bytes_per_s
     adapters = volume.neighbours if volume.op not in ("send", "all_to_all") else 1
     return max(volume.sent_bytes / device.node_bytes_per_s, volume.sent_bytes / (adapters * device.network_bytes_per_s))
-
-
-def bubble_of(busy_s: Sequence[float], step_s: float) -> float:
-    """The bubble as measured: the share of a step of `step_s` in which the stages, busy for `busy_s` each, did nothing."""
-    return 1 - sum(busy_s) / (len(busy_s) * step_s)
 
 
 def _heaviest(work: Workload) -> float:

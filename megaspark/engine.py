@@ -34,7 +34,8 @@ class StepResult:
     """What one optimizer step tells: the mean loss over all its tokens, the gradient's norm before clipping, and `asked`.
 
     asked: what the processes brought to be summed along. refused: why the step was not taken, None if it was. All of these are
-    the same on all processes. own_losses: of a refused step, the losses of this process's micro-batches.
+    the same on all processes. own_losses: of a refused step, the losses of this process's micro-batches. idle: of a pipeline, the
+    share of the step's passes in which a stage did not compute, in the mean over the stages; None without one.
     """
 
     loss: float
@@ -42,6 +43,7 @@ class StepResult:
     asked: tuple[float, ...] = ()
     refused: str | None = None
     own_losses: tuple[float, ...] = ()
+    idle: float | None = None
 
 
 class Engine:
@@ -58,7 +60,7 @@ class Engine:
         import deepspeed
         from deepspeed.runtime.pipe.topology import PipelineParallelGrid
 
-        from megaspark.pipelines import topology
+        from megaspark.pipelines import Stopwatch, topology
 
         warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # DeepSpeed's calls, not ours
         # Without ZeRO and in fp32 there is no wrapper around the optimizer, and nobody else keeps or clips the gradient's norm.
@@ -81,6 +83,7 @@ class Engine:
         )
         fragments.discard_build_step(self.deepspeed)
         fragments.prepare(self.deepspeed)
+        self._stopwatch = Stopwatch(self.deepspeed) if layout.pipeline > 1 else None
         for optimizer in fragments.base_optimizers(self.deepspeed):
             gate(optimizer, lambda: self._agree().refused is None)
 
@@ -116,7 +119,8 @@ class Engine:
             group["lr"] = lr
         self.deepspeed.train()
         self._asked, self._refuse, self._agreed = asked, refuse, None
-        if self.layout.pipeline > 1:
+        if self._stopwatch:
+            self._stopwatch.start()
             self.deepspeed.train_batch(self._flows(list(batches)))
             return self._agree()
         self._losses = []
@@ -136,10 +140,12 @@ class Engine:
             norm = self._plain_norm() if self.plain else self.deepspeed.optimizer._global_grad_norm
             losses = self._losses if self.layout.pipeline == 1 else self.deepspeed.fwd_outputs
             # Equal norms: their mean is each of them. Were they not, or not finite in one place only, all see the same even so.
-            loss, norms, *sums = self._mean(losses, [float(norm), *self._asked()])
+            times = self._stopwatch.read() if self._stopwatch else (0.0, 0.0)
+            loss, norms, busy_s, passed_s, *sums = self._mean(losses, [float(norm), *times, *self._asked()])
+            idle = 1 - busy_s / passed_s if self._stopwatch else None
             refused = self._refuse(loss, norms / self.layout.world)
             own_losses = tuple(own.item() for own in losses) if refused else ()
-            self._agreed = StepResult(loss, norms / self.layout.world, tuple(sums), refused, own_losses)
+            self._agreed = StepResult(loss, norms / self.layout.world, tuple(sums), refused, own_losses, idle)
             if self.plain and self.clip and not refused:
                 torch.nn.utils.clip_grads_with_norm_(self.deepspeed.module.parameters(), self.clip, norm)
         return self._agreed

@@ -66,7 +66,9 @@ class Recorder:
             line = self.meter.line(step=step, tokens=tokens, **figures)
             if result.refused:
                 line["skipped"] = result.refused
-            line["sent_bytes"] = self.traffic.step() if self.traffic else 0
+            line["sent_bytes"] = self.traffic.step(result.idle) if self.traffic else 0
+            if result.idle is not None:
+                line["idle"] = result.idle
             self.log.write(line)
             self.time_left.stepped(line["step_s"])
             self.terminal.show(terminal_line(line, self.end, self.time_left.told(step)))

@@ -1,4 +1,4 @@
-"""What a run really sends, beside what theory says: a line at its start, a figure a step, a line at its end."""
+"""What a run really sends and how idle its stages are, beside what theory says: at its start, a step, at its end."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class TrafficReport:
         self.volumes = of_stage(self.work, stage)
         for volume in self.volumes:
             self.theory[volume.op] += volume.sent_bytes
-        self.steps, self.sent = 0, Counter[str]()
+        self.steps, self.sent, self.idle = 0, Counter[str](), 0.0
         self._first = True
         self._counter = CommCounter().start()
 
@@ -32,12 +32,16 @@ class TrafficReport:
         bubble = f"; bubble {self.work.bubble:.1%}" if self.work.pipeline > 1 else ""
         return f"a rank sends in a step, by theory: {kinds or 'nothing'}{bubble}"
 
-    def step(self) -> int:
-        """Takes note of a step that ended just now; returns the bytes that this process sent in it."""
+    def step(self, idle: float | None = None) -> int:
+        """Takes note of a step that ended just now; returns the bytes that this process sent in it.
+
+        idle: the share of its passes in which the stages of a pipeline did not compute.
+        """
         sent = by_op(self._counter.take())
         if not self._first:  # in its first step ZeRO-3 learns the order of modules, and gathers otherwise
             self.steps += 1
             self.sent += sent
+            self.idle += idle or 0.0
         self._first = False
         return sent.total()
 
@@ -55,7 +59,10 @@ class TrafficReport:
             if expected or measured > 1000:  # scalars: norms and losses
                 beside = f"theory {amount(expected)}" + (f", {measured / expected - 1:+.2%}" if expected else "")
                 parts.append(f"{op} {amount(measured)} ({beside})")
-        return f"a rank sent in a step, over {self.steps:,} steps: {', '.join(parts) or 'nothing'}"
+        told = f"a rank sent in a step, over {self.steps:,} steps: {', '.join(parts) or 'nothing'}"
+        if self.work.pipeline > 1:
+            told += f"; its stages stood idle {self.idle / self.steps:.1%} of the passes (bubble by theory {self.work.bubble:.1%})"
+        return told
 
     def close(self) -> None:
         """Ends the counting."""

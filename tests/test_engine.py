@@ -173,7 +173,7 @@ def launch_cases(launch: Any, folder: Path, world: int, cases: list[dict[str, An
     folder.mkdir()
     (folder / "cases.json").write_text(json.dumps(cases))
     results = folder / "results.json"
-    launch(world, Path(__file__), str(folder / "cases.json"), str(results), timeout_s=300).checked()
+    launch(world, Path(__file__), str(folder / "cases.json"), str(results), timeout_s=max(300, 30 * len(cases))).checked()
     return json.loads(results.read_text())
 
 

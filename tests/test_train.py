@@ -52,14 +52,14 @@ def kill_in_mid_run(config: Path, run: Path, lines: int, *overrides: str) -> Non
 
 
 @pytest.mark.launch
-@pytest.mark.parametrize("stage", [1, 3])
-def test_killed_run_goes_on_bit_for_bit(stage: int, tiny_data: TinyData, tmp_path: Path) -> None:
+@pytest.mark.parametrize("layout", [["deepspeed=zero1.json"], ["deepspeed=zero3.json"], ["parallel.pipeline=2"]], ids=str)
+def test_killed_run_goes_on_bit_for_bit(layout: list[str], tiny_data: TinyData, tmp_path: Path) -> None:
     """Weights, moments, step count, learning rate, position in the data: whichever is not restored changes the losses."""
-    zero = f"deepspeed=zero{stage}.json"
-    common = [zero, "run.precision=bf16", "run.save_every=4", "run.eval_every=6", "run.eval_batches=1", "run.steps=14"]
+    common = [*layout, "run.precision=bf16", "run.save_every=4", "run.eval_every=6", "run.eval_batches=1", "run.steps=14"]
     config, _ = tiny_run(tiny_data, tmp_path)
     whole = pretrain(2, config, "run.name=whole", *common).checked()
     assert "no checkpoint" in whole.stdout  # starting at 0 is said, never silent
+    assert ("its stages stood idle" in whole.stdout) == ("parallel.pipeline=2" in layout)
     kill_in_mid_run(config, tmp_path / "runs/cut", 11, "run.name=cut", *common)
     reached = max(losses(tmp_path / "runs/cut"))
     assert reached < 14, "the run was over before it was killed: nothing was tested"
