@@ -152,7 +152,9 @@ SPOTS: list[Spot] = [
 FEW = [((1, 1, 1, 3), 2), ((2, 1, 1, 1), 2), ((1, 2, 1, 1), 2), ((1, 2, 1, 3), 2), ((1, 1, 1, 0), 1)]
 
 
-def resume_all(launch: Launch, home: Path, config: str, kind: str, spots: list[Spot], hops: Sequence[int], extra: list[str]) -> None:
+def resume_all(
+    launch: Launch, home: Path, config: str, kind: str, spots: list[Spot], hops: Sequence[int], extra: list[str]
+) -> None:
     """Trains in every layout to the end, saving half-way; then goes on in each from the checkpoints of those `hops` before it."""
     fresh: dict[str, Any] = {}
     worlds = sorted({world for _, world in spots})
