@@ -8,6 +8,7 @@ from typing import Any
 
 from megaspark.config import load_config
 from megaspark.devices import DEVICES, Device
+from megaspark.engine import settle_accelerator
 from megaspark.errors import UserError
 from megaspark.flops import parameters, per_token
 from megaspark.plans import Plan, gigabytes, lines, make_plan, nearby
@@ -18,6 +19,7 @@ SHOWN = 3  # other layouts
 def main(argv: list[str]) -> int:
     """Prints the plan; raises UserError for an illegal layout, or for one that does not fit, naming one that does."""
     args = parser().parse_intermixed_args(argv)
+    settle_accelerator()  # else DeepSpeed, which knows what its files may say, warns that there is no GPU here
     if args.gpus < 1 or (args.mfu is not None and not 0 < args.mfu <= 1):
         raise UserError("--gpus must be at least 1, and --mfu above 0 and at most 1")
     config, tree = load_config(args.config, args.overrides)
