@@ -136,8 +136,8 @@ def test_bf16_is_off_by_no_more_than_its_own_noise(launch: Launch, home: Path, c
         found = launch_cases(launch, home / f"bf16-{world}", world, [case(config, home, x, world, "bf16", BF16) for x in layouts])
         off |= {title: apart(result["losses"], reference) for title, result in found.items()}
     print(f"noise {noise:.1e}", {title: f"{far:.1e}" for title, far in off.items()})
-    # Tensor shares are rounded to bf16 before they are summed, once a block and direction, which one process never does.
-    assert all(far < (3 if "t1" in title else 6) * noise for title, far in off.items()), (noise, off)
+    # Seen: all within 1.0 of it. Both are the largest of some differences, so one is not always below the other.
+    assert all(far < 2 * noise for far in off.values()), (noise, off)
 
 
 # ---- resume
