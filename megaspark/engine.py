@@ -88,7 +88,7 @@ class Engine:
             gate(optimizer, lambda: self._agree().refused is None)
 
     def _model(self, config: Any, settings: dict[str, Any], grid: Any) -> nn.Module:
-        """This process's part of the model, with its first weights; at ZeRO stage 3 partitioned layer by layer."""
+        """This process's part of the model, with its first weights; at ZeRO stage 3 partitioned one by one."""
         layout, place = self.layout, self.place
         dtype = torch.float32 if config.run.precision == "fp32" else torch.bfloat16
         model = make_model(config.model, replace(config.execution, groups=_groups(layout, place)))
@@ -99,7 +99,7 @@ class Engine:
             held = stage_parts(model, bounds, place.pipeline, place.tensor)
         else:
             held = parts(model, place.tensor)
-        partition = _Partition(settings, dtype, grid) if layout.stage == 3 else lambda layer: None
+        partition = _Partition(settings, dtype, grid) if layout.stage == 3 else None
         fill(model, held, config.run.seed, dtype, self.device, partition)
         if config.run.compile:
             for block in model.blocks:
@@ -274,22 +274,21 @@ def join(ranks: Ranks) -> torch.device:
 
 
 class _Partition:
-    """Spreads layers over the data-parallel processes as soon as they are filled: no process ever holds the whole model."""
+    """Spreads parameters over the data-parallel processes, each as soon as it is filled: nobody ever holds two of them whole."""
 
     def __init__(self, settings: dict[str, Any], dtype: torch.dtype, grid: Any) -> None:
         self.settings, self.dtype, self.grid = settings, dtype, grid
         self.partitioner: Any = None
 
-    def __call__(self, layer: nn.Module) -> None:
+    def __call__(self, parameter: nn.Parameter) -> None:
         import deepspeed
 
         if self.partitioner is None:
             group = self.grid.get_data_parallel_group() if self.grid else None
             self.partitioner = deepspeed.zero.Init(
-                layer, config_dict_or_path=self.settings, dtype=self.dtype, mpu=self.grid, data_parallel_group=group
+                nn.Module(), config_dict_or_path=self.settings, dtype=self.dtype, mpu=self.grid, data_parallel_group=group
             )
-        else:
-            self.partitioner._convert_to_zero_parameters(layer.parameters())
+        self.partitioner._convert_to_zero_parameters([parameter])
 
 
 def _groups(layout: Layout, place: Place) -> Groups:

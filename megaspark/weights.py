@@ -5,6 +5,7 @@ So nobody ever holds more than its own layers, its own share of each, and one wh
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -52,12 +53,15 @@ def fill(
     seed: int,
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
-    after_layer: Callable[[nn.Module], None] = lambda layer: None,
+    spread: Callable[[nn.Parameter], None] | None = None,
 ) -> None:
     """Gives the parameters named in `wanted` memory and first values; those that others are tied to stay tied.
 
-    after_layer: called with each of the model's layers when it is filled. Every parameter bears its Part as `part`.
+    spread: called with each of these parameters when it is filled, to copy what it wants of it and give the rest back. Every one
+    bears its Part as `part`.
     """
+    # All drawn in one place: the holes of many would be taken by what is kept of each, and the next one not fit any more.
+    room = torch.empty(max((math.prod(part.shape) for part in wanted.values()), default=0)) if spread else None
     tied: dict[nn.Parameter, nn.Parameter] = {}
     modules = {id(module): name for name, module in model.named_modules()}
     for layer in model.layers():
@@ -68,9 +72,10 @@ def fill(
                     setattr(module, leaf, tied[hollow])
                 elif hollow is not None and name in wanted:
                     part = wanted[name]
-                    whole = first_values(part.name, part.shape, seed, model.std(part.name))
+                    whole = first_values(part.name, part.shape, seed, model.std(part.name), room)
                     filled = nn.Parameter(part.of(whole).to(device, dtype))
                     filled.part = part  # type: ignore[attr-defined]
                     setattr(module, leaf, filled)
                     tied[hollow] = filled
-        after_layer(layer)
+                    if spread:
+                        spread(filled)

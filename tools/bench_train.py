@@ -2,7 +2,8 @@
 
 Every side is a process of its own with the same threads, the same allocator settings, the same weights, batches and optimizer.
 Rounds alternate between the sides, so that whatever else the machine does falls on all of them; the ratio is taken within each
-round, and its median and spread are reported.
+round, and its median and spread are reported. With DeepSpeed as the peer it is our whole training loop that is measured,
+beside a bare loop over the same engine (bench_loop.py).
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -28,9 +30,11 @@ from megaspark.hf import hf_names
 from megaspark.models import llama
 from megaspark.weights import build_model
 
-# Two small Llamas with a full-size vocabulary, tied, as small models are trained: (shape, micro batch, sequence).
+# The quickstart's model; and two small Llamas with a full-size vocabulary, tied, as small models are trained: (shape, micro
+# batch, sequence).
 _SMALL = {"vocab": 32000, "tie_embeddings": True}
 SIZES: dict[str, tuple[dict[str, Any], int, int]] = {
+    "5m": (llama.SIZES["demo"], 4, 256),
     "15m": ({"hidden": 288, "layers": 6, "heads": 6, "kv_heads": 6, "ffn": 768, **_SMALL}, 4, 512),
     "110m": ({"hidden": 768, "layers": 12, "heads": 12, "kv_heads": 12, "ffn": 2048, **_SMALL}, 2, 1024),
 }
@@ -39,6 +43,7 @@ SIDES = {
     "ours-eager": "our model as it stands",
     "hf": "transformers' LlamaForCausalLM with SDPA",
     "hf-compile": "the same under torch.compile",
+    "deepspeed": "a bare DeepSpeed loop, taking turns with our whole training loop",
 }
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 WARM_UP_STEPS = 3
@@ -173,29 +178,45 @@ def parser() -> argparse.ArgumentParser:
         description="Measures a training step (forward, backward, AdamW) of our Llama beside its peers, on this machine.",
         epilog="example: megaspark bench train --size 15m --precision bf16 --peer hf --peer hf-compile",
     )
-    out.add_argument("--size", action="append", choices=SIZES, help="15m: 4 x 512 tokens; 110m: 2 x 1,024 (default: both)")
+    sizes = "5m: 4 x 256 tokens; 15m: 4 x 512; 110m: 2 x 1,024 (default: all)"
+    out.add_argument("--size", action="append", choices=SIZES, help=sizes)
     out.add_argument("--precision", action="append", choices=DTYPES, help="of weights and gradients (default: fp32 and bf16)")
     peers = [*SIDES][1:]
     out.add_argument("--peer", action="append", choices=peers, default=[], help="; ".join(f"{k}: {SIDES[k]}" for k in peers))
-    out.add_argument("--threads", type=int, default=2)
+    out.add_argument("--processes", action="append", type=int, help="for the peer deepspeed (default: 1 and 2)")
+    out.add_argument("--threads", type=int, default=2, help="of a side, over all its processes")
     out.add_argument("--rounds", type=int, default=7, help="how often the sides take turns")
     out.add_argument("--steps", type=int, default=3, help="steps in a turn")
     return out
 
 
 def main(argv: list[str]) -> int:
-    """Prints a JSON line for each side; a ratio is a side's seconds over ours in the same round, so above 1 we are faster."""
+    """Prints a JSON line for each side; a ratio is a side's seconds over ours in the same round, so above 1 we are faster.
+
+    Beside DeepSpeed an overhead is our loop's seconds over the bare one's, less 1: what is to be at most .03.
+    """
     if argv[:1] == ["--worker"]:
         worker(*argv[1:4], threads=int(argv[4]))
         return 0
     args = parser().parse_args(argv)
-    if min(args.threads, args.rounds, args.steps) < 1:
-        raise UserError("--threads, --rounds and --steps must be at least 1")
+    processes = args.processes or [1, 2]
+    if min(args.threads, args.rounds, args.steps, *processes) < 1:
+        raise UserError("--threads, --rounds, --steps and --processes must be at least 1")
     for size in args.size or SIZES:
         for precision in args.precision or DTYPES:
-            for line in compare(size, precision, args.threads, ["ours", *args.peer], args.rounds, args.steps):
+            for line in lines(args, size, precision, processes):
                 print(json.dumps({"size": size, "precision": precision, "threads": args.threads, **line}), flush=True)
     return 0
+
+
+def lines(args: argparse.Namespace, size: str, precision: str, processes: list[int]) -> Iterator[dict[str, Any]]:
+    """What was measured: of one model's step beside that of others, then of our loop beside a bare one."""
+    peers = [peer for peer in args.peer if peer != "deepspeed"]
+    if peers or not args.peer:
+        yield from compare(size, precision, args.threads, ["ours", *peers], args.rounds, args.steps)
+    for count in processes if "deepspeed" in args.peer else ():
+        loop = import_module("megaspark.tools.bench_loop")  # brings in the whole trainer
+        yield {"processes": count, **loop.compare(SIZES[size], precision, count, args.threads, args.rounds, args.steps)}
 
 
 if __name__ == "__main__":

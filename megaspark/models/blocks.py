@@ -7,6 +7,7 @@ name, so the weights do not depend on the order of construction or on who holds 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
@@ -233,13 +234,14 @@ def _policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
     return CheckpointPolicy.MUST_SAVE if str(op).startswith(PRODUCTS) else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def first_values(name: str, shape: tuple[int, ...], seed: int, std: float) -> Tensor:
+def first_values(name: str, shape: tuple[int, ...], seed: int, std: float, room: Tensor | None = None) -> Tensor:
     """What a parameter starts with: ones for a norm's weight, else normal(0, std) drawn from (seed, name) alone.
 
-    Returns fp32 on the CPU, so that every device starts from the same bits.
+    Returns fp32 on the CPU, so that every device starts from the same bits. room: fp32, flat, to be drawn into; None: new memory.
     """
     if len(shape) == 1:
         return torch.ones(shape)
     key = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(key, "little") >> 1)
-    return torch.empty(shape).normal_(0.0, std, generator=generator)
+    values = torch.empty(shape) if room is None else room[: math.prod(shape)].view(shape)
+    return values.normal_(0.0, std, generator=generator)
