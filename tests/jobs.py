@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import time
 from collections.abc import Sequence
@@ -20,8 +21,9 @@ class Job:
         self.output = run.parent.parent / f"{run.name}-output"
         with self.output.open("a") as file:
             self.child = subprocess.Popen(
-                command, start_new_session=True, env=env, stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL
-            )
+                command, start_new_session=True, env=env, stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
+                preexec_fn=_hear_signals,
+            )  # fmt: skip
 
     def wait_for_step(self, step: int) -> None:
         """Until that many steps are done."""
@@ -66,6 +68,12 @@ class Job:
     def told(self) -> str:
         """The end of the output, and the logs of all ranks."""
         return f"{self.output.read_text()[-3000:]}\n{self.logs()}"
+
+
+def _hear_signals() -> None:
+    """What nohup, or a script's &, has a test ignore, the run would ignore too."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
 
 
 def is_worker(process: psutil.Process) -> bool:
