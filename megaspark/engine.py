@@ -10,6 +10,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 import torch
@@ -27,6 +28,8 @@ from megaspark.models.blocks import IGNORED
 from megaspark.optim import adamw, gate
 from megaspark.ranks import Ranks, threads_per_process
 from megaspark.weights import fill, make_model, parts
+
+FLOWS_AT_ONCE = 4  # times the stages: micro-batches of an evaluation that flow through a pipeline one behind the other
 
 
 @dataclass(frozen=True)
@@ -154,28 +157,37 @@ class Engine:
     def evaluate(self, batches: Iterable[Batch]) -> list[float]:
         """The mean loss of each of everybody's micro-batches: the first one of every process, then the second of every one.
 
-        Every process must bring equally many. A micro-batch none of whose labels count has a loss of 0.
+        Every process must bring equally many; they are read when they are due, in a pipeline some at a time. A micro-batch none
+        of whose labels count has a loss of 0.
         """
         self.deepspeed.eval()
-        batches = list(batches)
+        at_once = 1 if self.layout.pipeline == 1 else FLOWS_AT_ONCE * self.layout.pipeline
+        batches, parts = iter(batches), []
+        while some := list(islice(batches, at_once)):
+            parts.append(self._nats(some))
+        sums = torch.cat(parts)
+        everybody = [torch.empty_like(sums) for _ in range(self.layout.world)]
+        torch.distributed.all_gather(everybody, sums)
+        whole = torch.zeros(len(sums), self.layout.data_parallel, 2, dtype=torch.float64, device=self.device)
+        for rank, theirs in enumerate(everybody):
+            whole[:, self.layout.place(rank).data] += theirs
+        nats, tokens = whole.flatten(0, 1).unbind(1)
+        return torch.where(tokens > 0, nats / tokens, 0.0).tolist()
+
+    def _nats(self, batches: list[Batch]) -> torch.Tensor:
+        """Of each of this process's micro-batches the nats, and the tokens that have a label; [N, 2], 0 unless it speaks."""
         if self.layout.pipeline == 1:
             losses = [self._loss(batch) for batch in batches]
         else:
             flows = self._flows(batches)
             self.deepspeed.eval_batch(flows, reduce_output=None, bcast_loss=False, num_micro_batches=len(batches))
             losses = self.deepspeed.fwd_outputs
-        sums = torch.zeros(len(batches), 2, dtype=torch.float64, device=self.device)  # nats, and the tokens that have a label
+        sums = torch.zeros(len(batches), 2, dtype=torch.float64, device=self.device)
         if self._speaks:
             counts = [(self._mine(batch).labels_BS != IGNORED).sum() for batch in batches]
             sums[:, 1] = torch.stack(counts)
             sums[:, 0] = torch.stack(losses).double() * sums[:, 1]
-        everybody = [torch.empty_like(sums) for _ in range(self.layout.world)]
-        torch.distributed.all_gather(everybody, sums)
-        whole = torch.zeros(len(batches), self.layout.data_parallel, 2, dtype=torch.float64, device=self.device)
-        for rank, theirs in enumerate(everybody):
-            whole[:, self.layout.place(rank).data] += theirs
-        nats, tokens = whole.flatten(0, 1).unbind(1)
-        return torch.where(tokens > 0, nats / tokens, 0.0).tolist()
+        return sums
 
     def owned(self) -> Iterator[Fragment]:
         """The pieces of fp32 state that this process has to save: of those that several hold, one speaks for all."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
 import psutil
@@ -59,8 +60,9 @@ def interface_towards(address: str, several_hosts: bool) -> str:
     raise UserError(f"no interface of {here} has the address {own}; set {INTERFACE} to one of {', '.join(interfaces)}")
 
 
+@cache
 def runner() -> int | None:
-    """The pid of the `deepspeed` command that this process was started by, if it runs on this host."""
+    """The pid of the `deepspeed` command that this process was started by, if it runs, or ran at the first call, on this host."""
     try:
         elders = psutil.Process().parents()[:5]
         for elder in elders:

@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from megaspark import __version__, checkpoint, fragments
+from megaspark import __version__, checkpoint, fragments, launchers
 from megaspark.bad_steps import GAVE_UP, Judge
 from megaspark.batches import Batch, Batches
 from megaspark.checkpoint import Checkpoint
@@ -52,6 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Trains as the command line says and ends the process; raises UserError before anything is written or started."""
     args = _parser().parse_intermixed_args(argv)
     ranks = Ranks.from_environment()
+    launchers.runner()  # while it is there: verifying a checkpoint takes minutes, and the guard must know whom to miss
     settle_accelerator()
     config, tree = load_config(args.config, args.overrides)
     checked = check_run(config, tree, ranks.world)

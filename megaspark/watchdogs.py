@@ -129,8 +129,10 @@ class _Watch:
     def _gone(self, fd: int) -> None:
         """A process that was watched has ended."""
         self.poll.unregister(fd)
-        kind = self.others.pop(fd)
+        self._lost(self.others.pop(fd))
         os.close(fd)
+
+    def _lost(self, kind: str) -> None:
         if kind == "sibling":
             self.mourned_ticks = max(1, self.mourned_ticks)
         elif kind == "runner":
@@ -147,6 +149,8 @@ class _Watch:
         if (fd := _open(pid)) >= 0:
             self.others[fd] = kind
             self.poll.register(fd, select.POLLIN)
+        elif kind != "launcher":  # of a container's first process the parent is not to be seen
+            self._lost(kind)
 
     def _tell_to_stop(self, why: str) -> None:
         if not self.told_to_stop:

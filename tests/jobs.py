@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
+
+from conftest import CHECKOUT, free_port, process_environment
+
+PRETRAIN = CHECKOUT / "megaspark" / "pretrain.py"
+BIG = ["model.hidden=512", "model.ffn=4096", "optim.lr=1.0e-4", "optim.min_lr=1.0e-5"]  # 151 MB of state: its write takes a while
 
 
 class Job:
@@ -20,8 +27,9 @@ class Job:
         self.output = run.parent.parent / f"{run.name}-output"
         with self.output.open("a") as file:
             self.child = subprocess.Popen(
-                command, start_new_session=True, env=env, stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL
-            )
+                command, start_new_session=True, env=env, stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
+                preexec_fn=_hear_signals,
+            )  # fmt: skip
 
     def wait_for_step(self, step: int) -> None:
         """Until that many steps are done."""
@@ -68,10 +76,28 @@ class Job:
         return f"{self.output.read_text()[-3000:]}\n{self.logs()}"
 
 
+def deepspeed_job(folder: Path, config: Path, *overrides: str) -> Job:
+    """A 2-process run under `deepspeed`, in a session of its own."""
+    command = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", "2", "--master_port", str(free_port())]
+    command += [str(PRETRAIN), "--config", str(config), *overrides]
+    return Job(command, folder / "runs" / "tiny", str(folder), process_environment())
+
+
+def _hear_signals() -> None:
+    """What nohup, or a script's &, has a test ignore, the run would ignore too."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 def is_worker(process: psutil.Process) -> bool:
     """Whether it trains: a Python that runs pretrain.py, neither launch.py nor `deepspeed` nor mpirun."""
     command = process.info["cmdline"]
     return len(command) > 2 and "python" in command[0] and command[1] == "-u" and command[2].endswith("pretrain.py")
+
+
+def log(run: Path, rank: int) -> str:
+    """What a rank said."""
+    return (run / "logs" / f"rank_{rank:05d}.txt").read_text()
 
 
 def losses(run: Path) -> dict[int, float]:

@@ -56,6 +56,7 @@ def run_case(case: dict[str, Any], ranks: Any) -> dict[str, Any]:
     train, held_out, schedule = batches_of(checked, ranks)
     out: dict[str, Any] = {"pristine": all(engine.gather(is_pristine(engine, config)))}
     out["evaluated"] = held_out.figures(engine.evaluate(held_out.batches()))
+    out["read_ahead"] = most_read_ahead(engine, held_out)
     batch, first = config.run.global_batch, 0
     if case.get("load"):
         found = Checkpoint(Path(case["load"]))
@@ -101,6 +102,21 @@ def batches_of(checked: Any, ranks: Any) -> tuple[Any, Any, Any]:
 def loss_of(engine: Any, held_out: Any) -> float:
     """The loss of an evaluation, of all sources together."""
     return held_out.figures(engine.evaluate(held_out.batches()))["validation"]["loss"]
+
+
+def most_read_ahead(engine: Any, held_out: Any) -> int:
+    """How many micro-batches of an evaluation were read, at most, and not yet passed through the model."""
+    ahead = [0, 0]
+
+    def read() -> Iterator[Any]:
+        for batch in held_out.batches():
+            ahead[:] = ahead[0] + 1, max(ahead[1], ahead[0] + 1)
+            yield batch
+
+    hook = engine.deepspeed.module.register_forward_hook(lambda *_: ahead.__setitem__(0, ahead[0] - 1))
+    engine.evaluate(read())
+    hook.remove()
+    return ahead[1]
 
 
 def is_pristine(engine: Any, config: Any) -> bool:
@@ -335,6 +351,11 @@ def test_an_evaluation_is_the_same_in_every_layout(fresh, kind, precision):
         "validation/a": 5, "validation/b": 5, "validation/held out": 5, "validation": 15,
     }  # fmt: skip
     assert len({line["loss"] for line in figures.values()}) == 4
+
+
+def test_an_evaluation_reads_a_micro_batch_when_it_is_due(fresh):
+    """All read first, the watchdog would time the whole evaluation as one micro-batch, and end a run whose evaluation is long."""
+    assert {name: result["read_ahead"] for name, result in fresh.items() if result["read_ahead"] != 1} == {}
 
 
 def test_every_tensor_counts_the_steps_taken(fresh):

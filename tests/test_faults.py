@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import subprocess
@@ -12,24 +13,12 @@ from pathlib import Path
 
 import pytest
 
-from conftest import CHECKOUT, TinyData, free_port, process_environment, tiny_run
-from jobs import Job, losses
+from conftest import CHECKOUT, TinyData, process_environment, tiny_run
+from jobs import BIG, Job, deepspeed_job, log, losses
 from megaspark.checkpoint import Checkpoint
 from saves import small_disk
 
-PRETRAIN = CHECKOUT / "megaspark" / "pretrain.py"
 STEPS = 150
-
-
-def deepspeed_job(folder: Path, config: Path, *overrides: str) -> Job:
-    """A 2-process run under `deepspeed`, in a session of its own."""
-    command = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", "2", "--master_port", str(free_port())]
-    command += [str(PRETRAIN), "--config", str(config), *overrides]
-    return Job(command, folder / "runs" / "tiny", str(folder), process_environment())
-
-
-def log(run: Path, rank: int) -> str:
-    return (run / "logs" / f"rank_{rank:05d}.txt").read_text()
 
 
 # ---- one process, no launcher
@@ -168,10 +157,31 @@ def test_fault_leaves_nothing_behind_and_the_run_goes_on(
     assert losses(job.run) == undisturbed
 
 
+@pytest.mark.long
+@pytest.mark.launch
+@pytest.mark.parametrize("whom, status", [("runner", -9), ("launcher", 0)])
+def test_kill_before_training_begins(whom: str, status: int, tiny_data: TinyData, tmp_path: Path) -> None:
+    """A run begun by workers that nobody waits for any more: those who start it were gone before it knew of them."""
+    config, _ = tiny_run(tiny_data, tmp_path)
+    job_folder = tmp_path / "runs" / "tiny"
+    job_folder.mkdir(parents=True)
+    with (job_folder / "config.yaml").open("w") as lock:  # as if another run were in there: they wait before they begin
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        job = deepspeed_job(tmp_path, config, *OVERRIDES)
+        end = time.monotonic() + 120
+        while "waiting up to" not in job.output.read_text():
+            assert job.child.poll() is None and time.monotonic() < end, job.told()
+            time.sleep(0.1)
+        sent(KILL, whom)(job)
+        assert job.child.wait(60) == status
+        if whom == "launcher":  # the kernel ends its workers, whatever they do; of this time DeepSpeed says that all went well
+            assert job.ends_within(20) == 0
+    job.ends_within(60)
+    assert max(losses(job.run), default=0) < 3
+    assert ("has ended" in job.logs() and "stopped at step" in job.logs()) == (whom == "runner")
+
+
 # ---- a save in the background
-
-
-BIG = ["model.hidden=512", "model.ffn=4096", "optim.lr=1.0e-4", "optim.min_lr=1.0e-5"]  # 151 MB of state: its write takes a while
 
 
 def test_kill_in_mid_write_loses_only_that_save(alone: Callable[..., subprocess.Popen[str]], tmp_path: Path) -> None:

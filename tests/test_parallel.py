@@ -72,6 +72,7 @@ def compare(launch: Launch, home: Path, config: str, kind: str, world: int, layo
     print({title: f"{far:.1e}" for title, far in off.items()})
     for title, result in found.items():
         assert result["pristine"], f"{title}: the first weights are others"
+        assert result["read_ahead"] <= 4 * int(title.partition(" p")[2][0]), title  # of the held-out micro-batches, 9 or more
         assert off[title] < TOLERANCE, (title, off[title])
         # The norm depends on differences of large sums: looser, and yet a copy counted twice is off by far more.
         assert apart(result["norms"], reference["norms"]) < 1e-3, title

@@ -116,11 +116,13 @@ OTHERS = {
 }
 
 
+@pytest.mark.parametrize("when", ["while it is watched", "before"])
 @pytest.mark.parametrize("kind", OTHERS)
-def test_worker_that_loses_those_around_it(kind: str, tmp_path: Path) -> None:
+def test_worker_that_loses_those_around_it(kind: str, when: str, tmp_path: Path) -> None:
     """Workers that train on after `deepspeed` was killed; or wait for ten minutes for one that is dead."""
     status, word = OTHERS[kind]
-    code = f"other = subprocess.Popen(['sleep', '0.3']); dog.watch('{kind}', other.pid); time.sleep(60)"
+    wait = "other.wait(); " if when == "before" else ""
+    code = f"other = subprocess.Popen(['sleep', '0.3']); {wait}dog.watch('{kind}', other.pid); time.sleep(60)"
     assert start(tmp_path, 60, code).wait(20) == status
     assert says(tmp_path, word)
 
