@@ -6,28 +6,23 @@ starts from the same bf16 bits under every ZeRO stage.
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
 import torch
-from torch import nn
 
-from megaspark import fragments, launchers
-from megaspark.allocators import keep_pages
+from megaspark import fragments
+from megaspark.accelerators import join
 from megaspark.bad_steps import Refuse, not_finite
 from megaspark.batches import Batch
 from megaspark.config import Checked
 from megaspark.fragments import Fragment
-from megaspark.groups import Group, Groups
-from megaspark.layouts import Layout, Place
 from megaspark.models.blocks import IGNORED
 from megaspark.optim import adamw, gate
-from megaspark.ranks import Ranks, threads_per_process
-from megaspark.weights import fill, make_model, parts
+from megaspark.ranks import Ranks
 
 FLOWS_AT_ONCE = 4  # times the stages: micro-batches of an evaluation that flow through a pipeline one behind the other
 
@@ -55,15 +50,14 @@ class Engine:
     def __init__(self, checked: Checked, ranks: Ranks) -> None:
         config, layout = checked.config, checked.layout
         self.layout, self.place = layout, layout.place(ranks.rank)
-        self.documents = config.data.document_mask
         self.clip = config.optim.clip
         self.device = join(ranks)
         self._shape: torch.Size | None = None
         # After the accelerator was settled; takes seconds.
         import deepspeed
-        from deepspeed.runtime.pipe.topology import PipelineParallelGrid
 
-        from megaspark.pipelines import Stopwatch, topology
+        from megaspark.pipelines import Stopwatch
+        from megaspark.placements import make_grid, place_model
 
         warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # DeepSpeed's calls, not ours
         # Without ZeRO and in fp32 there is no wrapper around the optimizer, and nobody else keeps or clips the gradient's norm.
@@ -71,16 +65,11 @@ class Engine:
         settings = {"steps_per_print": 1 << 40, **layout.deepspeed}
         if self.plain:
             settings["gradient_clipping"] = 0.0
-        grid = None
-        if layout.pipeline == 1 and layout.tensor > 1:
-            grid = PipelineParallelGrid(topology(layout))
+        grid = make_grid(layout)
         deepspeed.utils.groups.mpu = grid  # DeepSpeed keeps that of an engine before this one
-        model = self._model(config, settings, grid)
+        model = place_model(config, layout, self.place, self.device, settings, grid)
         optim = config.optim
         optimizer = adamw(model, optim.lr, optim.betas, optim.eps, optim.weight_decay)
-        if layout.pipeline > 1 or layout.tensor > 1:
-            for parameter in model.parameters():  # DeepSpeed asks whether the norm of the gradient counts this copy
-                parameter.model_parallel = parameter.part.counted
         self.deepspeed, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=settings, mpu=grid, dist_init_required=False
         )
@@ -89,25 +78,6 @@ class Engine:
         self._stopwatch = Stopwatch(self.deepspeed) if layout.pipeline > 1 else None
         for optimizer in fragments.base_optimizers(self.deepspeed):
             gate(optimizer, lambda: self._agree().refused is None)
-
-    def _model(self, config: Any, settings: dict[str, Any], grid: Any) -> nn.Module:
-        """This process's part of the model, with its first weights; at ZeRO stage 3 partitioned one by one."""
-        layout, place = self.layout, self.place
-        dtype = torch.float32 if config.run.precision == "fp32" else torch.bfloat16
-        model = make_model(config.model, replace(config.execution, groups=_groups(layout, place)))
-        if layout.pipeline > 1:
-            from megaspark.pipelines import Pipeline, stage_bounds, stage_parts
-
-            bounds = stage_bounds(config.model, layout.pipeline)
-            held = stage_parts(model, bounds, place.pipeline, place.tensor)
-        else:
-            held = parts(model, place.tensor)
-        partition = _Partition(settings, dtype, grid) if layout.stage == 3 else None
-        fill(model, held, config.run.seed, dtype, self.device, partition)
-        if config.run.compile:
-            for block in model.blocks:
-                block.compile()
-        return Pipeline(model, bounds, layout, self.documents) if layout.pipeline > 1 else model
 
     def step(
         self, batches: Iterable[Batch], lr: float, asked: Callable[[], Sequence[float]] = tuple, refuse: Refuse = not_finite
@@ -259,62 +229,3 @@ class Engine:
         summed = torch.tensor(values, dtype=torch.float64, device=self.device)
         torch.distributed.all_reduce(summed)
         return summed.tolist()
-
-
-def settle_accelerator() -> None:
-    """Tells DeepSpeed, before its first import, to compute on the CPU where there is no CUDA device."""
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-
-
-def join(ranks: Ranks) -> torch.device:
-    """Joins the process group (NCCL on CUDA, gloo on CPU), if it has not yet, and returns this process's device."""
-    if torch.cuda.is_available():
-        device = torch.device("cuda", ranks.local_rank)
-        torch.cuda.set_device(device)
-    else:
-        device = torch.device("cpu")
-        keep_pages()
-        torch.set_num_threads(threads_per_process(ranks))
-    launchers.complete_environment(ranks)
-    import deepspeed.ops
-
-    # Its first use would compile C++ for minutes, and a build killed half-way leaves a lock that hangs every later run.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo", verbose=False)
-    return device
-
-
-class _Partition:
-    """Spreads parameters over the data-parallel processes, each as soon as it is filled: nobody ever holds two of them whole."""
-
-    def __init__(self, settings: dict[str, Any], dtype: torch.dtype, grid: Any) -> None:
-        self.settings, self.dtype, self.grid = settings, dtype, grid
-        self.partitioner: Any = None
-
-    def __call__(self, parameter: nn.Parameter) -> None:
-        import deepspeed
-
-        if self.partitioner is None:
-            group = self.grid.get_data_parallel_group() if self.grid else None
-            self.partitioner = deepspeed.zero.Init(
-                nn.Module(), config_dict_or_path=self.settings, dtype=self.dtype, mpu=self.grid, data_parallel_group=group
-            )
-        self.partitioner._convert_to_zero_parameters([parameter])
-
-
-def _groups(layout: Layout, place: Place) -> Groups:
-    """The process groups that this process shares samples with; every process makes all of them, in the same order."""
-    found = {"tensor": Group(), "sequence": Group()}
-    for kind in found:
-        size = getattr(layout, kind)
-        if size == 1:
-            continue
-        for rank in range(layout.world):
-            first = layout.place(rank)
-            if getattr(first, kind) == 0:
-                ranks = [layout.rank(replace(first, **{kind: number})) for number in range(size)]
-                handle = torch.distributed.new_group(ranks)
-                if layout.rank(place) in ranks:
-                    found[kind] = Group(getattr(place, kind), size, handle)
-    return Groups(**found)

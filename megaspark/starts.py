@@ -11,9 +11,10 @@ from typing import Any
 import torch
 
 from megaspark import checkpoint, checkpoint_writers, fragments, settings
+from megaspark.accelerators import join
 from megaspark.checkpoint import BadCheckpoint, Checkpoint
 from megaspark.config import Checked, RunConfig
-from megaspark.engine import Engine, join
+from megaspark.engine import Engine
 from megaspark.errors import UserError
 from megaspark.guards import claim
 from megaspark.meters import MetricsLog

@@ -18,11 +18,12 @@ from typing import Any
 import yaml
 
 from megaspark import __version__, checkpoint, fragments, launchers
+from megaspark.accelerators import settle_accelerator
 from megaspark.bad_steps import GAVE_UP, Judge
 from megaspark.batches import Batch, Batches
 from megaspark.checkpoint import Checkpoint
 from megaspark.config import Checked, RunConfig, check_run, load_config
-from megaspark.engine import Engine, settle_accelerator
+from megaspark.engine import Engine
 from megaspark.errors import UserError
 from megaspark.evaluations import Reading
 from megaspark.guards import Guard, claim

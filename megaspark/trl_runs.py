@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from megaspark import hf_kernels, posttrained_folders
-from megaspark.engine import settle_accelerator
+from megaspark.accelerators import settle_accelerator
 from megaspark.errors import UserError
 from megaspark.posttrained_folders import TOKENIZER_FILES, WORK, newest_checkpoint, partial_of
 from megaspark.posttraining import Checked, Method, load_run

@@ -33,7 +33,7 @@ TIED = ["model.tie_embeddings=true", "run.global_batch=6", "run.micro_batch=1"] 
 
 def worker(cases_file: Path, results_file: Path) -> None:
     """Runs every case of a JSON file in turn, in all processes; the first writes down what came out."""
-    from megaspark.engine import settle_accelerator
+    from megaspark.accelerators import settle_accelerator
     from megaspark.ranks import Ranks
 
     settle_accelerator()

@@ -32,7 +32,7 @@ WORLD, SEQ, MICRO_BATCH, ACCUMULATION = 2, 24, 2, 2
 
 def worker(cases_file: Path, results_file: Path) -> None:
     """Measures every case of a JSON file in turn; the first process writes down what it held."""
-    from megaspark.engine import settle_accelerator
+    from megaspark.accelerators import settle_accelerator
     from megaspark.ranks import Ranks
 
     settle_accelerator()

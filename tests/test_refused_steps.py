@@ -31,7 +31,7 @@ OFFLOAD = {"stage": 2, "offload_optimizer": {"device": "cpu"}}
 
 def worker(cases_file: Path, results_file: Path) -> None:
     """Runs every case in turn, in all processes; the first writes down what each of them saw."""
-    from megaspark.engine import settle_accelerator
+    from megaspark.accelerators import settle_accelerator
     from megaspark.ranks import Ranks
 
     settle_accelerator()

@@ -49,7 +49,7 @@ SPLITS = {
 
 def worker(cases_file: Path, results_file: Path) -> None:
     """Counts what the third step of every case sends; the first process writes it down."""
-    from megaspark.engine import settle_accelerator
+    from megaspark.accelerators import settle_accelerator
     from megaspark.ranks import Ranks
 
     settle_accelerator()

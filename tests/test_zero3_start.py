@@ -31,7 +31,7 @@ SHAPES = {"many blocks": LARGE, "two blocks": WIDE}
 
 def worker(cases_file: Path, results_file: Path) -> None:
     """Builds the engine of a small case, which brings in all code, and of a large one; the first process writes down its peaks."""
-    from megaspark.engine import settle_accelerator
+    from megaspark.accelerators import settle_accelerator
     from megaspark.ranks import Ranks
 
     settle_accelerator()

@@ -20,9 +20,10 @@ import torch
 from tqdm import tqdm
 
 from megaspark import train
+from megaspark.accelerators import settle_accelerator
 from megaspark.batches import Batch
 from megaspark.config import Checked, check_run, load_config
-from megaspark.engine import Engine, StepResult, settle_accelerator
+from megaspark.engine import Engine, StepResult
 from megaspark.optim import adamw
 from megaspark.ranks import Ranks, end_with_parent
 from megaspark.recorders import Recorder

@@ -6,9 +6,9 @@ import argparse
 import json
 from typing import Any
 
+from megaspark.accelerators import settle_accelerator
 from megaspark.config import load_config
 from megaspark.devices import DEVICES, Device
-from megaspark.engine import settle_accelerator
 from megaspark.errors import UserError
 from megaspark.flops import parameters, per_token
 from megaspark.plans import Plan, gigabytes, lines, make_plan, nearby
