@@ -11,7 +11,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -103,14 +103,23 @@ class TimedEngine(Engine):
     stages: Stages
 
     def __init__(self, checked: Checked, ranks: Ranks) -> None:
-        super().__init__(checked, ranks)
+        from megaspark import placements  # it imports DeepSpeed
+
+        placements.place_model, place_model = self._timed(placements.place_model), placements.place_model
+        try:
+            super().__init__(checked, ranks)
+        finally:
+            placements.place_model = place_model
         self.stages.over("initialize")
 
-    def _model(self, *arguments: Any) -> Any:
-        self.stages.over("join")
-        model = super()._model(*arguments)
-        self.stages.over("model")
-        return model
+    def _timed(self, place_model: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*arguments: Any) -> Any:
+            self.stages.over("join")
+            model = place_model(*arguments)
+            self.stages.over("model")
+            return model
+
+        return timed
 
     def step(self, *arguments: Any, **named: Any) -> StepResult:
         if "first_step" not in self.stages.seconds:
