@@ -108,19 +108,11 @@ def _train(
     """The run proper, watched by `guard`; the folder is there."""
     config, run = checked.config, checked.config.run
     folder, batch, at = config.folder, config.run.global_batch, Position.of(start)
-    engine = Engine(checked, ranks)
-    if start:
-        restore(engine, start)
-    elif weights:
-        checkpoint.load(weights, fragments.fragments(engine.deepspeed), kinds=("master",))
-        fragments.push(engine.deepspeed)
+    engine = _engine(checked, ranks, start, weights)
     samples = Samples(checked.train, config.data.phases, run.seed)
     batches = _batches(checked, samples, ranks)
     validation = _validation(checked, ranks) if checked.validation and run.eval_every else None
-    for line in validation.described() if validation and ranks.first else ():
-        _say(ranks, line)
-    for first, name, count in samples.left_out:
-        _say(ranks, f"at sample {first:,} the cut changes: {count:,} samples of {name} are left out of its epoch")
+    _say_what_is_read(ranks, samples, validation)
     schedule = CosineSchedule(config.optim.lr, config.optim.min_lr, config.optim.warmup_steps, run.steps)
     recorder = Recorder(checked, ranks, engine, at.step, end)
     keep = (run.keep_last, run.keep_every)
@@ -171,6 +163,24 @@ def _train(
     if refusals.gave_up:
         return GAVE_UP
     return (0 if whole else told.status) if saved else 1
+
+
+def _engine(checked: Checked, ranks: Ranks, start: Checkpoint | None, weights: Checkpoint | None) -> Engine:
+    """The engine, as the checkpoint left it, or with given weights, or as it begins."""
+    engine = Engine(checked, ranks)
+    if start:
+        restore(engine, start)
+    elif weights:
+        checkpoint.load(weights, fragments.fragments(engine.deepspeed), kinds=("master",))
+        fragments.push(engine.deepspeed)
+    return engine
+
+
+def _say_what_is_read(ranks: Ranks, samples: Samples, validation: Validation | None) -> None:
+    for line in validation.described() if validation and ranks.first else ():
+        _say(ranks, line)
+    for first, name, count in samples.left_out:
+        _say(ranks, f"at sample {first:,} the cut changes: {count:,} samples of {name} are left out of its epoch")
 
 
 def _check_changes(config: RunConfig[Any], taken: int) -> None:
