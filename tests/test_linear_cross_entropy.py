@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megaspark.kernels import linear_cross_entropy as module
+from megaspark.kernels import linear_cross_entropy_cpu as cpu
 from megaspark.kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference, token_losses
 
 op = partial(linear_cross_entropy, backend="reference")
@@ -77,7 +78,7 @@ def test_sizes(tokens, chunk, vocab, hidden, ignored, z_loss, block_bytes):
     """No size, chunk or block of it changes the result: they are matters of memory and cache only. Also for ignored ones alone."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(module.CHUNK_BYTES, "cpu", chunk * vocab * 4)
-        patch.setattr(module, "BLOCK_BYTES", block_bytes)
+        patch.setattr(cpu, "BLOCK_BYTES", block_bytes)
         given = inputs(tokens, hidden, vocab, ignored)
         found, right = run(op, torch.float32, **given, z_loss=z_loss), run(exact, torch.float64, **given, z_loss=z_loss)
     for mine, expected in zip(found, right, strict=True):
@@ -192,10 +193,10 @@ def test_never_holds_all_logits(chunked):
 
     chunked(chunk, vocab, torch.bfloat16)
     hidden, weight, labels = inputs(tokens, 4, vocab).values()
-    blocks = module._rows_at_once(torch.empty(module.BLOCK_BYTES // 4))  # how many are worked on at a time
+    blocks = cpu.rows_at_once(torch.empty(cpu.BLOCK_BYTES // 4))  # how many are worked on at a time
     inside = module._forward._init_fn  # torch shows a custom op to the mode as one operation
     with pytest.MonkeyPatch.context() as patch, Largest() as largest:
-        patch.setattr(module, "BLOCK_BYTES", 4 * 4 * vocab // blocks)
+        patch.setattr(cpu, "BLOCK_BYTES", 4 * 4 * vocab // blocks)
         inside(hidden.bfloat16(), weight.bfloat16(), labels, -100, 0.0, False, True, True)
     assert largest.numel == chunk * vocab and largest.numel_fp32 == 4 * vocab
 
