@@ -43,43 +43,53 @@ def forward_torch(
     if hidden_NE.dtype == torch.float16:  # whose range ends at 65,504
         hidden_NE, weight_VE = hidden_NE.float(), weight_VE.float()
     gradient = grad_hidden_NE is not None or grad_weight_VE is not None
-    weight_EV = None if grad_hidden_NE is None else weight_VE.t().contiguous()
+    weight_EV = None if grad_hidden_NE is None else _transposed(weight_VE)
     memory = torch.empty(len(weight_VE) * chunk, dtype=hidden_NE.dtype, device=hidden_NE.device)
     for tokens in slices(len(hidden_NE), chunk):
-        hidden = hidden_NE[tokens]
+        hidden, counted_C1 = hidden_NE[tokens], (labels_N[tokens] != ignore_index)[:, None]
+        labels_C = torch.where(counted_C1[:, 0], labels_N[tokens].long(), 0)
         logits_VC = memory[: len(weight_VE) * len(hidden)].view(len(weight_VE), -1)
 
         def make(hidden: Tensor = hidden, out: Tensor = logits_VC) -> Tensor:
             return torch.mm(weight_VE, hidden.t(), out=out)
 
-        losses, scale = _softmax(make, labels_N[tokens], ignore_index, z_loss, gradient)
-        losses_N[tokens] = losses
-        if grad_hidden_NE is not None:
-            grad_hidden_NE[tokens] = torch.mul(torch.mm(weight_EV, logits_VC).t(), scale[:, None])
+        losses_C, scale_C, at_label_C = _softmax(make, labels_C, z_loss, gradient)
+        losses_N[tokens] = torch.where(counted_C1[:, 0], losses_C, 0.0)
+        scale_C1 = torch.where(counted_C1, scale_C[:, None], 0.0)
+        labelled = labels_C, torch.arange(len(hidden), device=hidden.device)
+        if grad_hidden_NE is not None:  # the label's part, mostly the larger, in fp32: what is rounded is the others'
+            logits_VC[labelled] = 0
+            others_CE = torch.mm(weight_EV, logits_VC).t() * scale_C1
+            grad_hidden_NE[tokens] = others_CE.addcmul_(at_label_C[:, None] * scale_C1, weight_VE[labels_C].float())
         if grad_weight_VE is not None:
-            add_product(grad_weight_VE, logits_VC, (hidden * scale[:, None]).to(hidden.dtype), first=tokens.start == 0)
+            logits_VC[labelled] = at_label_C.to(hidden.dtype)
+            add_product(grad_weight_VE, logits_VC, (hidden * scale_C1).to(hidden.dtype), first=tokens.start == 0)
 
 
-def _softmax(
-    make: Callable[[], Tensor], labels_C: Tensor, ignore_index: int, z_loss: float, gradient: bool
-) -> tuple[Tensor, Tensor]:
-    """(losses [C], scale [C]): the logits [V, C] that `make` makes become, times scale, the gradient of the losses by them."""
+def _transposed(x_VE: Tensor) -> Tensor:
+    """A copy [E, V]; by blocks, since torch goes through the whole of x once for every few of its columns."""
+    out = torch.empty(x_VE.shape[1], len(x_VE), dtype=x_VE.dtype, device=x_VE.device)
+    for rows in slices(len(x_VE), min(512, rows_at_once(x_VE[0]))):
+        out[:, rows] = x_VE[rows].t()
+    return out
+
+
+def _softmax(make: Callable[[], Tensor], labels_C: Tensor, z_loss: float, gradient: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """(losses [C], scale [C], at_label [C]) of the logits [V, C] that `make` makes, which become the softmax's numerators.
+
+    With at_label in place of the label's they are, times scale, the gradient.
+    """
     logits_VC = make()
-    counted_C = labels_C != ignore_index
-    labels_C, token_C = torch.where(counted_C, labels_C.long(), 0), torch.arange(len(labels_C), device=labels_C.device)
-    at_label_C = shift_C = logits_VC.gather(0, labels_C[None])[0].float()
+    label_logits_C = shift_C = logits_VC.gather(0, labels_C[None])[0].float()
     total_C = _exponentials(logits_VC, shift_C, gradient)
     if not (total_C < LARGEST_TOTAL).all():
         shift_C = make().amax(0).float()
         total_C = _exponentials(logits_VC, shift_C, gradient)
     log_total_C = total_C.log() + shift_C
-    losses_C = log_total_C - at_label_C + z_loss * log_total_C.square()
     pull_C = 1 + 2 * z_loss * log_total_C
-    pull_C = torch.where(pull_C == 0, 2.0**-24, pull_C)  # it is divided by below
-    scale_C = torch.where(counted_C, pull_C / total_C, 0.0)
-    if gradient:  # p pull - 1 = scale (numerator - total / pull)
-        logits_VC[labels_C, token_C] = ((at_label_C - shift_C).exp() - total_C / pull_C).to(logits_VC.dtype)
-    return torch.where(counted_C, losses_C, 0.0), scale_C
+    pull_C = torch.where(pull_C == 0, 2.0**-24, pull_C)  # it is divided by
+    losses_C = log_total_C - label_logits_C + z_loss * log_total_C.square()
+    return losses_C, pull_C / total_C, (label_logits_C - shift_C).exp() - total_C / pull_C
 
 
 def _exponentials(logits_VC: Tensor, shift_C: Tensor, keep: bool) -> Tensor:

@@ -177,6 +177,17 @@ def test_huge_logits():
     assert loss == 500.0 and hidden.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_confident_tokens(dtype):
+    """Where p is near 1 the gradient is p - 1, and a rounded product with p leaves nothing of it; a total of e^80 is still one."""
+    for size in (6.0, -80.0):  # of the label's logit over the others
+        hidden, weight = torch.ones(3, 1).double(), torch.zeros(VOCAB, 1).double()
+        weight[5] = size
+        given = {"hidden_NE": hidden, "weight_VE": weight, "labels_N": torch.full((3,), 5)}
+        for found, right in zip(run(op, dtype, **given), run(exact, torch.float64, **given), strict=True):
+            assert ((found - right).abs() <= 4 * UNIT_ROUNDOFF[dtype] * right.abs() + 48 * 2.0**-24).all()
+
+
 def test_never_holds_all_logits(chunked):
     """The point of it. Any tensor of N x V numbers, or the fp32 copy of a whole chunk, is too much."""
     tokens, vocab, chunk = 64, 1024, 16
