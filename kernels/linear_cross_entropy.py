@@ -8,7 +8,6 @@ backward pass (Wijmans et al. 2024, arXiv 2411.09009) would take 8NVE.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -19,11 +18,11 @@ from torch import Tensor
 
 from megaspark.kernels.cases import Case, Inputs
 from megaspark.kernels.dispatch import kernel, launcher, only_shapes
+from megaspark.kernels.linear_cross_entropy_cpu import add_product, forward_torch, rows_at_once, slices
 
 # Logits held at once. The weights' gradient is read and written once a chunk, so bigger chunks move less; on a CPU 1,024 rows of
-# 32,000 bf16 logits are enough for AMX: more gain nothing.
-CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 256 << 20}
-BLOCK_BYTES = 1 << 20  # what one CPU core works on at a time: half of its second-level cache on a server
+# 32,000 fp32 logits, or twice as many in bf16, are enough: more gain nothing.
+CHUNK_BYTES = {"cpu": 128 << 20, "cuda": 256 << 20}
 
 CONFIGS: dict[str, list[dict[str, int]]] = {"_softmax_kernel": [{"BLOCK": 4096, "num_warps": 8}, {"BLOCK": 8192, "num_warps": 16}]}
 
@@ -108,81 +107,39 @@ def _forward(
     grad_weight_VE = torch.empty(weight_VE.shape if weight_wanted else (0,), dtype=summed, device=hidden_NE.device)
     if only_shapes(hidden_NE):
         return loss, losses_N, inverse_count, grad_hidden_NE, grad_weight_VE
-    logits_CV = torch.empty(chunk, vocab, dtype=hidden_NE.dtype, device=hidden_NE.device)
-    softmax = _softmax_triton if in_triton else _softmax_torch
-    for rows in _slices(tokens, chunk):
-        hidden, logits = hidden_NE[rows], logits_CV[: rows.stop - rows.start]
-        torch.mm(hidden, weight_VE.t(), out=logits)
-        softmax(logits, labels_N[rows], losses_N[rows], ignore_index, z_loss, hidden_wanted or weight_wanted)
-        if hidden_wanted:
-            torch.mm(logits, weight_VE, out=grad_hidden_NE[rows])
-        if weight_wanted:
-            _add_product(grad_weight_VE, logits, hidden, first=rows.start == 0)
+    gradients = grad_hidden_NE if hidden_wanted else None, grad_weight_VE if weight_wanted else None
+    made_by = _forward_triton if in_triton else forward_torch
+    made_by(hidden_NE, weight_VE, labels_N, ignore_index, z_loss, chunk, losses_N, *gradients)
     inverse_count.copy_((labels_N != ignore_index).sum().clamp(min=1).float().reciprocal())
     loss.copy_(losses_N.sum() * inverse_count)
     return loss, losses_N, inverse_count, grad_hidden_NE, grad_weight_VE
 
 
-def _slices(count: int, step: int) -> Iterator[slice]:
-    return (slice(start, min(start + step, count)) for start in range(0, count, step))
-
-
-def _rows_at_once(row: Tensor, blocks: int = 1) -> int:
-    """Rows like this one, in fp32, that CPU cores go over again and again while they are in a cache; on a GPU all there are.
-
-    Several threads wait for each other after every pass, so they get more to do between.
-    """
-    threads = torch.get_num_threads()
-    block_bytes = BLOCK_BYTES * (blocks if threads == 1 else 4 * threads)
-    return 1 << 30 if row.is_cuda else max(1, block_bytes // (4 * row.numel()))
+def _forward_triton(
+    hidden_NE: Tensor, weight_VE: Tensor, labels_N: Tensor, ignore_index: int, z_loss: float, chunk: int, losses_N: Tensor,
+    grad_hidden_NE: Tensor | None, grad_weight_VE: Tensor | None,
+) -> None:  # fmt: skip
+    """Writes each token's loss and the gradients of their sum that are asked for, `chunk` tokens at a time."""
+    logits_CV = torch.empty(chunk, len(weight_VE), dtype=hidden_NE.dtype, device=hidden_NE.device)
+    gradient = grad_hidden_NE is not None or grad_weight_VE is not None
+    for rows in slices(len(hidden_NE), chunk):
+        hidden, logits = hidden_NE[rows], logits_CV[: rows.stop - rows.start]
+        torch.mm(hidden, weight_VE.t(), out=logits)
+        _softmax_triton(logits, labels_N[rows], losses_N[rows], ignore_index, z_loss, gradient)
+        if grad_hidden_NE is not None:
+            torch.mm(logits, weight_VE, out=grad_hidden_NE[rows])
+        if grad_weight_VE is not None:
+            _add_product(grad_weight_VE, logits, hidden, first=rows.start == 0)
 
 
 def _add_product(total_VE: Tensor, grad_logits_NV: Tensor, hidden_NE: Tensor, first: bool) -> None:
     """total (+)= grad_logits^T hidden; between chunks the total is fp32, whatever the factors are."""
-    if total_VE.dtype == hidden_NE.dtype:
-        total_VE.addmm_(grad_logits_NV.t(), hidden_NE, beta=0 if first else 1)
-    elif total_VE.is_cuda and not torch.version.hip:
-        if first:
-            torch.mm(grad_logits_NV.t(), hidden_NE, out_dtype=torch.float32, out=total_VE)
-        else:
-            torch.addmm(total_VE, grad_logits_NV.t(), hidden_NE, out_dtype=torch.float32, out=total_VE)
-    else:  # no such product on CPUs and ROCm; by blocks, so that it is added while it is in the cache
-        step = min(_rows_at_once(total_VE[0], blocks=8), len(total_VE))
-        block = torch.empty(step, total_VE.shape[1], dtype=hidden_NE.dtype, device=hidden_NE.device)
-        for rows in _slices(len(total_VE), step):
-            product = torch.mm(grad_logits_NV[:, rows].t(), hidden_NE, out=block[: rows.stop - rows.start])
-            total_VE[rows].copy_(product) if first else total_VE[rows].add_(product)
-
-
-def _softmax_torch(
-    logits_NV: Tensor, labels_N: Tensor, losses_N: Tensor, ignore_index: int, z_loss: float, gradient: bool
-) -> None:
-    """What `_softmax_kernel` does, by blocks of rows that stay in a CPU's cache from the first pass to the last."""
-    counted_N1 = (labels_N != ignore_index)[:, None]
-    labels_N1 = torch.where(counted_N1, labels_N[:, None].long(), 0)
-    at_label_N1, weight_N1 = logits_NV.gather(1, labels_N1).float(), counted_N1.float()
-    largest_N1, total_N1 = torch.empty_like(weight_N1), torch.empty_like(weight_N1)
-    step, scratch = min(_rows_at_once(logits_NV[0]), len(logits_NV)), None
-    if logits_NV.dtype != torch.float32:
-        scratch = torch.empty(step, logits_NV.shape[1], dtype=torch.float32, device=logits_NV.device)
-    for rows in _slices(len(logits_NV), step):
-        logits = logits_NV[rows]
-        x = logits if scratch is None else scratch[: len(logits)].copy_(logits)
-        largest_N1[rows] = largest = x.amax(1, keepdim=True)
-        total_N1[rows] = total = x.sub_(largest).exp_().sum(1, keepdim=True)
-        if gradient:
-            factor = weight_N1[rows] / total
-            x.mul_(factor if not z_loss else factor * (1 + 2 * z_loss * (total.log() + largest)))
-            if scratch is not None:
-                logits.copy_(x)
-    log_total_N1 = total_N1.log() + largest_N1
-    losses_N1 = log_total_N1 - at_label_N1 + z_loss * log_total_N1.square()
-    losses_N.copy_(torch.where(counted_N1, losses_N1, 0.0)[:, 0])
-    if gradient:
-        p_N1 = (at_label_N1 - largest_N1).exp() / total_N1
-        at_label_N1 = torch.where(counted_N1, p_N1 - 1 + p_N1 * (2 * z_loss * log_total_N1), 0.0)
-        # scatter_ would copy all of bf16 logits.
-        logits_NV[torch.arange(len(logits_NV), device=logits_NV.device), labels_N1[:, 0]] = at_label_N1[:, 0].to(logits_NV.dtype)
+    if total_VE.dtype == hidden_NE.dtype or not total_VE.is_cuda or torch.version.hip:
+        add_product(total_VE, grad_logits_NV.t(), hidden_NE, first)
+    elif first:
+        torch.mm(grad_logits_NV.t(), hidden_NE, out_dtype=torch.float32, out=total_VE)
+    else:
+        torch.addmm(total_VE, grad_logits_NV.t(), hidden_NE, out_dtype=torch.float32, out=total_VE)
 
 
 def _softmax_triton(
@@ -202,7 +159,7 @@ def _scaled(gradient: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """
     out = torch.empty(gradient.shape, dtype=dtype, device=gradient.device)
     if not only_shapes(gradient):
-        for rows in _slices(len(gradient), _rows_at_once(gradient[0]) if len(gradient) else 1):
+        for rows in slices(len(gradient), rows_at_once(gradient[0]) if len(gradient) else 1):
             torch.mul(gradient[rows].float(), scale, out=out[rows])
     return out
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megaspark.kernels import linear_cross_entropy as module
+from megaspark.kernels import linear_cross_entropy_cpu as cpu
 from megaspark.kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference, token_losses
 
 op = partial(linear_cross_entropy, backend="reference")
@@ -77,7 +78,7 @@ def test_sizes(tokens, chunk, vocab, hidden, ignored, z_loss, block_bytes):
     """No size, chunk or block of it changes the result: they are matters of memory and cache only. Also for ignored ones alone."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(module.CHUNK_BYTES, "cpu", chunk * vocab * 4)
-        patch.setattr(module, "BLOCK_BYTES", block_bytes)
+        patch.setattr(cpu, "BLOCK_BYTES", block_bytes)
         given = inputs(tokens, hidden, vocab, ignored)
         found, right = run(op, torch.float32, **given, z_loss=z_loss), run(exact, torch.float64, **given, z_loss=z_loss)
     for mine, expected in zip(found, right, strict=True):
@@ -176,6 +177,17 @@ def test_huge_logits():
     assert loss == 500.0 and hidden.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_confident_tokens(dtype):
+    """Where p is near 1 the gradient is p - 1, and a rounded product with p leaves nothing of it; a total of e^80 is still one."""
+    for size in (6.0, -80.0):  # of the label's logit over the others
+        hidden, weight = torch.ones(3, 1).double(), torch.zeros(VOCAB, 1).double()
+        weight[5] = size
+        given = {"hidden_NE": hidden, "weight_VE": weight, "labels_N": torch.full((3,), 5)}
+        for found, right in zip(run(op, dtype, **given), run(exact, torch.float64, **given), strict=True):
+            assert ((found - right).abs() <= 4 * UNIT_ROUNDOFF[dtype] * right.abs() + 48 * 2.0**-24).all()
+
+
 def test_never_holds_all_logits(chunked):
     """The point of it. Any tensor of N x V numbers, or the fp32 copy of a whole chunk, is too much."""
     tokens, vocab, chunk = 64, 1024, 16
@@ -192,10 +204,10 @@ def test_never_holds_all_logits(chunked):
 
     chunked(chunk, vocab, torch.bfloat16)
     hidden, weight, labels = inputs(tokens, 4, vocab).values()
-    blocks = module._rows_at_once(torch.empty(module.BLOCK_BYTES // 4))  # how many are worked on at a time
+    blocks = cpu.rows_at_once(torch.empty(cpu.BLOCK_BYTES // 4))  # how many are worked on at a time
     inside = module._forward._init_fn  # torch shows a custom op to the mode as one operation
     with pytest.MonkeyPatch.context() as patch, Largest() as largest:
-        patch.setattr(module, "BLOCK_BYTES", 4 * 4 * vocab // blocks)
+        patch.setattr(cpu, "BLOCK_BYTES", 4 * 4 * vocab // blocks)
         inside(hidden.bfloat16(), weight.bfloat16(), labels, -100, 0.0, False, True, True)
     assert largest.numel == chunk * vocab and largest.numel_fp32 == 4 * vocab
 
