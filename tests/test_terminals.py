@@ -142,7 +142,7 @@ def test_a_folder_that_cannot_be_written_costs_the_file_only(tmp_path: Path, cap
 @pytest.mark.launch
 def test_a_run_on_a_terminal(tiny_data: TinyData, tmp_path: Path) -> None:
     """The whole command, as people see it: steps in place, evaluations and the end on lines of their own."""
-    config, overrides = tiny_run(tiny_data, tmp_path, run__steps="6", run__eval_every="3", run__save_every="4")
+    config, overrides = tiny_run(tiny_data, tmp_path, run__steps="6", run__eval_every="3", run__save_every="0")
     screen = Screen(150)
     text = on_terminal(150, sys.executable, "-m", "megaspark", "pretrain", "--config", str(config), *overrides)
     screen.feed(text.replace("\n", "\r\n"))

@@ -56,7 +56,9 @@ def test_sizes(tokens, vocab, chunk, ignored):
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(module.CHUNK_BYTES, "cpu", chunk * vocab * 4)
         given = inputs(tokens, 8, vocab, ignored, seed=tokens)
-        check(op, linear_cross_entropy_reference, torch.float32, factor=4.0 if chunk < tokens else 2.0, **given, z_loss=0.01)
+        # The gradient by the weights of one token is a product of two vectors: one rounding of the softmax is in all of a row.
+        factor = 4.0 if chunk < tokens or tokens == 1 else 2.0
+        check(op, linear_cross_entropy_reference, torch.float32, factor=factor, **given, z_loss=0.01)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

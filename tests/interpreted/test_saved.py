@@ -7,6 +7,7 @@ from megaspark.flops import Shape
 from megaspark.footprints import block_bytes
 from megaspark.models import llama
 from megaspark.models.blocks import Execution
+from megaspark.weights import build_model
 from megaspark.workloads import Workload
 
 BACKENDS = {op: "triton" for op in ("attention", "rms_norm", "rope", "swiglu", "linear_cross_entropy")}
@@ -17,8 +18,7 @@ BATCH, SEQ = 2, 128
 def test_a_block_keeps_what_the_plan_says(precision, dtype):
     """A kernel that saves one more tensor makes every plan's activations too small; at 30B that is gigabytes a rank."""
     config = llama.Config(hidden=64, layers=1, heads=4, kv_heads=2, ffn=176, vocab=100)
-    model = llama.Model(config, Execution(BACKENDS)).to(dtype)
-    model.initialize_(1)
+    model = build_model(config, 1, Execution(BACKENDS)).to(dtype)
     positions_BS = torch.arange(SEQ).repeat(BATCH, 1)
     x_BSE = torch.randn(BATCH, SEQ, config.hidden, dtype=dtype, requires_grad=True)
     context = model.context(positions_BS, dtype, documents=True)
