@@ -39,7 +39,11 @@ def forward_torch(
     hidden_NE: Tensor, weight_VE: Tensor, labels_N: Tensor, ignore_index: int, z_loss: float, chunk: int, losses_N: Tensor,
     grad_hidden_NE: Tensor | None, grad_weight_VE: Tensor | None,
 ) -> None:  # fmt: skip
-    """Writes each token's loss and the gradients of their sum that are asked for, `chunk` tokens at a time."""
+    """Writes each token's loss and the gradients of their sum that are asked for, `chunk` tokens at a time.
+
+    hidden_NE: [N, E]; weight_VE: [V, E] of the same float dtype; labels_N: [N] integers. losses_N: [N] fp32; grad_hidden_NE and
+    grad_weight_VE: of the shapes of what they are gradients of, or None where not asked for.
+    """
     if hidden_NE.dtype == torch.float16:  # whose range ends at 65,504
         hidden_NE, weight_VE = hidden_NE.float(), weight_VE.float()
     gradient = grad_hidden_NE is not None or grad_weight_VE is not None
