@@ -16,6 +16,7 @@ from torch import Tensor
 
 from megaspark.kernels import dispatch
 from megaspark.kernels.attention_blocks import attention_blocks
+from megaspark.kernels.attention_native import attention_native, fits
 from megaspark.kernels.cases import Case, Inputs
 from megaspark.kernels.dispatch import kernel, launcher, only_shapes
 from megaspark.kernels.flash_backward import launch_backward
@@ -101,12 +102,14 @@ def block_mask_of(spans: Spans) -> Any:
 
 def backend_for(device: torch.device, dtype: torch.dtype, head_dim: int, seq: int, spanned: bool) -> str:
     """What "auto" means. On a GPU Triton, where it has tensor cores and a fitting tile, which fp32 and head dims above 128 lack."""
-    fits = head_dim % 8 == 0 and head_dim <= 128
+    tiled = head_dim % 8 == 0 and head_dim <= 128
     if dispatch.INTERPRETED:
-        return "triton" if fits and dtype in TRITON_DTYPES else "reference"
+        return "triton" if tiled and dtype in TRITON_DTYPES else "reference"
     if device.type == "cuda":
-        return "triton" if fits and dtype in TRITON_DTYPES[:2] else "sdpa"
-    # On a CPU the mask's wasted work outweighs the cost of smaller matrices: beyond 512 tokens in 16 bits, always in 32.
+        return "triton" if tiled and dtype in TRITON_DTYPES[:2] else "sdpa"
+    if fits(device, dtype, head_dim):
+        return "native"
+    # On a CPU without a compiler the mask's wasted work outweighs the cost of smaller matrices: beyond 512 tokens in 16 bits, always in 32.
     return "blocks" if spanned and (dtype.itemsize > 2 or seq > 512) else "reference"
 
 
@@ -190,6 +193,11 @@ def _attention_blocks(q_BSHD: Tensor, k_BSKD: Tensor, v_BSKD: Tensor, spans: Spa
     return attention_blocks(q_BSHD, k_BSKD, v_BSKD, spans.start_BS, scale)
 
 
+def _attention_native(q_BSHD: Tensor, k_BSKD: Tensor, v_BSKD: Tensor, spans: Spans | None = None, *,
+                      scale: float | None = None) -> Tensor:  # fmt: skip
+    return attention_native(q_BSHD, k_BSKD, v_BSKD, None if spans is None else spans.start_BS, scale)
+
+
 @launcher("flash_attention")
 def _flash(q: Tensor, k: Tensor, v: Tensor, start: Tensor | None, end: Tensor | None, scale: float,
            fused: bool) -> tuple[Tensor, Tensor]:  # fmt: skip
@@ -247,6 +255,7 @@ def _flash_attention(q_BSHD: Tensor, k_BSKD: Tensor, v_BSKD: Tensor, spans: Span
     sdpa=attention_sdpa,
     flex=attention_flex,
     flash_attn=attention_flash_attn,
+    native=_attention_native,
     blocks=_attention_blocks,
     reference=attention_sdpa,
 )
@@ -256,7 +265,7 @@ def attention(q_BSHD: Tensor, k_BSKD: Tensor, v_BSKD: Tensor, spans: Spans | Non
     q_BSHD: [B, S, H, D]; k_BSKD, v_BSKD: [B, S, K, D] with H a multiple of K, any strides; spans: of `spans`, or None for plain
     causal attention; scale: positive, 1/sqrt(D) by default. Returns [B, S, H, D] in q's dtype. Backends: "triton", whose
     gradients are the same bits in every run; "triton_fused", faster, whose dQ is summed in the order of the hardware; "sdpa";
-    "flex"; "flash_attn"; "blocks" for CPUs. Raises ValueError for what a named backend cannot do.
+    "flex"; "flash_attn"; for CPUs "native" in C++ and "blocks" in torch. Raises ValueError for what a named backend cannot do.
     """
     return _flash_attention(q_BSHD, k_BSKD, v_BSKD, spans, scale=scale)
 

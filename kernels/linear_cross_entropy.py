@@ -16,9 +16,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from megaspark.kernels import native
 from megaspark.kernels.cases import Case, Inputs
-from megaspark.kernels.dispatch import kernel, launcher, only_shapes
+from megaspark.kernels.dispatch import by_device, kernel, launcher, only_shapes
 from megaspark.kernels.linear_cross_entropy_cpu import add_product, forward_torch, rows_at_once, slices
+from megaspark.kernels.linear_cross_entropy_native import fits, forward_native
 
 # Logits held at once. The weights' gradient is read and written once a chunk, so bigger chunks move less; on a CPU 1,024 rows of
 # 32,000 fp32 logits, or twice as many in bf16, are enough: more gain nothing.
@@ -42,10 +44,21 @@ def linear_cross_entropy_reference(
 def _linear_cross_entropy_torch(
     hidden_NE: Tensor, weight_VE: Tensor, labels_N: Tensor, *, ignore_index: int = -100, z_loss: float = 0.0
 ) -> Tensor:
-    return _run(hidden_NE, weight_VE, labels_N, ignore_index, z_loss, in_triton=False)[0]
+    return _run(hidden_NE, weight_VE, labels_N, ignore_index, z_loss, by="torch")[0]
 
 
-@kernel(reference=_linear_cross_entropy_torch)
+def _linear_cross_entropy_native(
+    hidden_NE: Tensor, weight_VE: Tensor, labels_N: Tensor, *, ignore_index: int = -100, z_loss: float = 0.0
+) -> Tensor:
+    return _run(hidden_NE, weight_VE, labels_N, ignore_index, z_loss, by="native")[0]
+
+
+def _auto(hidden_NE: Tensor, *args: Any, **kwargs: Any) -> str:
+    name = by_device(hidden_NE)
+    return "native" if name == "reference" and fits(hidden_NE) else name
+
+
+@kernel(_auto, native=_linear_cross_entropy_native, reference=_linear_cross_entropy_torch)
 def linear_cross_entropy(
     hidden_NE: Tensor, weight_VE: Tensor, labels_N: Tensor, *, ignore_index: int = -100, z_loss: float = 0.0
 ) -> Tensor:
@@ -57,25 +70,32 @@ def linear_cross_entropy(
     made in the forward pass: under ZeRO-3 the weights are here only then. Raises ValueError for shapes and dtypes that do not
     fit; a label out of range is an error on the CPU, and a loss of NaN on a GPU.
     """
-    return _run(hidden_NE, weight_VE, labels_N, ignore_index, z_loss, in_triton=True)[0]
+    return _run(hidden_NE, weight_VE, labels_N, ignore_index, z_loss, by="triton")[0]
 
 
 def _token_losses_torch(hidden_NE: Tensor, weight_VE: Tensor, labels_N: Tensor, *, ignore_index: int = -100) -> Tensor:
     with torch.no_grad():
-        return _run(hidden_NE, weight_VE, labels_N, ignore_index, 0.0, in_triton=False)[1]
+        return _run(hidden_NE, weight_VE, labels_N, ignore_index, 0.0, by="torch")[1]
 
 
-@kernel(reference=_token_losses_torch)
+def _token_losses_native(hidden_NE: Tensor, weight_VE: Tensor, labels_N: Tensor, *, ignore_index: int = -100) -> Tensor:
+    with torch.no_grad():
+        return _run(hidden_NE, weight_VE, labels_N, ignore_index, 0.0, by="native")[1]
+
+
+@kernel(_auto, native=_token_losses_native, reference=_token_losses_torch)
 def token_losses(hidden_NE: Tensor, weight_VE: Tensor, labels_N: Tensor, *, ignore_index: int = -100) -> Tensor:
     """The loss of each token, [N] in fp32, 0 where it is ignored, without gradients; arguments as in `linear_cross_entropy`."""
     with torch.no_grad():
-        return _run(hidden_NE, weight_VE, labels_N, ignore_index, 0.0, in_triton=True)[1]
+        return _run(hidden_NE, weight_VE, labels_N, ignore_index, 0.0, by="triton")[1]
 
 
 def _run(
-    hidden_NE: Tensor, weight_VE: Tensor, labels_N: Tensor, ignore_index: int, z_loss: float, in_triton: bool
+    hidden_NE: Tensor, weight_VE: Tensor, labels_N: Tensor, ignore_index: int, z_loss: float, by: str
 ) -> tuple[Tensor, ...]:
     """Looks at the arguments, and makes the gradients that are wanted and no others; returns what `_forward` does."""
+    if by == "native" and (hidden_NE.device.type != "cpu" or hidden_NE.dtype not in native.DTYPES):
+        raise ValueError(f"linear_cross_entropy's backend 'native' has fp32 and bf16 on CPUs, not {hidden_NE.dtype} on {hidden_NE.device}")
     found = f"hidden {tuple(hidden_NE.shape)} {hidden_NE.dtype}, weight {tuple(weight_VE.shape)} {weight_VE.dtype}"
     if hidden_NE.ndim != 2 or weight_VE.ndim != 2 or hidden_NE.shape[1] != weight_VE.shape[1]:
         raise ValueError(f"linear_cross_entropy takes hidden [N, E] and weight [V, E]; these are {found}")
@@ -85,12 +105,12 @@ def _run(
         found = f"{tuple(labels_N.shape)} {labels_N.dtype}, {found}"
         raise ValueError(f"linear_cross_entropy takes integer labels [N]; these are {found}")
     wanted = [torch.is_grad_enabled() and x.requires_grad for x in (hidden_NE, weight_VE)]
-    return _forward(hidden_NE, weight_VE, labels_N, ignore_index, z_loss, in_triton, *wanted)
+    return _forward(hidden_NE, weight_VE, labels_N, ignore_index, z_loss, by, *wanted)
 
 
 @launcher("linear_cross_entropy_forward")
 def _forward(
-    hidden_NE: Tensor, weight_VE: Tensor, labels_N: Tensor, ignore_index: int, z_loss: float, in_triton: bool,
+    hidden_NE: Tensor, weight_VE: Tensor, labels_N: Tensor, ignore_index: int, z_loss: float, by: str,
     hidden_wanted: bool, weight_wanted: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(mean loss, each token's loss [N], 1 / how many count, gradients of the losses' sum by hidden and by weight).
@@ -108,7 +128,7 @@ def _forward(
     if only_shapes(hidden_NE):
         return loss, losses_N, inverse_count, grad_hidden_NE, grad_weight_VE
     gradients = grad_hidden_NE if hidden_wanted else None, grad_weight_VE if weight_wanted else None
-    made_by = _forward_triton if in_triton else forward_torch
+    made_by = {"triton": _forward_triton, "torch": forward_torch, "native": forward_native}[by]
     made_by(hidden_NE, weight_VE, labels_N, ignore_index, z_loss, chunk, losses_N, *gradients)
     inverse_count.copy_((labels_N != ignore_index).sum().clamp(min=1).float().reciprocal())
     loss.copy_(losses_N.sum() * inverse_count)

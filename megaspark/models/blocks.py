@@ -29,7 +29,7 @@ IGNORED = -100  # the label of a token that has no loss
 # Ops whose results "selective" keeps, by the beginnings of their names.
 PRODUCTS = (
     "aten.mm", "aten.addmm", "aten.bmm", "aten._scaled_dot_product", "megaspark.fp8_linear", "megaspark.flash_attention",
-    "megaspark.attention_blocks", "flash_attn",
+    "megaspark.attention_blocks", "megaspark.attention_native", "flash_attn",
 )  # fmt: skip
 
 
