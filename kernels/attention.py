@@ -109,7 +109,7 @@ def backend_for(device: torch.device, dtype: torch.dtype, head_dim: int, seq: in
         return "triton" if tiled and dtype in TRITON_DTYPES[:2] else "sdpa"
     if fits(device, dtype, head_dim):
         return "native"
-    # On a CPU without a compiler the mask's wasted work outweighs the cost of smaller matrices: beyond 512 tokens in 16 bits, always in 32.
+    # Without a compiler: a mask's wasted work outweighs the cost of smaller matrices beyond 512 tokens in 16 bits, always in 32.
     return "blocks" if spanned and (dtype.itemsize > 2 or seq > 512) else "reference"
 
 

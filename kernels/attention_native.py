@@ -41,10 +41,10 @@ def _attend_backward(do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse
     dq = torch.empty(q.shape, dtype=q.dtype)
     if only_shapes(q) or not q.numel():
         return dq, *torch.empty((2, B, S, K, D), dtype=q.dtype).unbind()
-    dk, dv = torch.empty((2, B, S, H, D), dtype=torch.float32)  # heads share a kv head
+    dk, dv = (torch.empty((B, S, H, D), dtype=torch.float32) for _ in range(2))  # of each head, though several share a kv head
     do, q, k, v = (_packed(x) for x in (do, q, k, v))
     native.call("attention_backward", q.dtype, _numbers(q, k, v, do, start), do, q, k, v, o, lse, start, scale, dq, dk, dv)
-    return dq, *(x.unflatten(2, (K, -1)).sum(3).to(q.dtype) for x in (dk, dv))
+    return dq, *((x if H == K else x.unflatten(2, (K, -1)).sum(3)).to(q.dtype) for x in (dk, dv))
 
 
 def _packed(x_BSHD: Tensor) -> Tensor:
@@ -83,4 +83,5 @@ def attention_native(q_BSHD: Tensor, k_BSKD: Tensor, v_BSKD: Tensor, start_BS: T
     if q_BSHD.dtype not in native.DTYPES or D > MOST_FEATURES or q_BSHD.device.type != "cpu":
         found = f"{q_BSHD.dtype} with head dim {D} on {q_BSHD.device}"
         raise ValueError(f"attention backend 'native' has fp32 and bf16 and head dims up to {MOST_FEATURES} on CPUs, not {found}")
-    return _attend(q_BSHD, k_BSKD, v_BSKD, None if start_BS is None else start_BS.contiguous(), D**-0.5 if scale is None else scale)[0]
+    start_BS = None if start_BS is None else start_BS.contiguous()
+    return _attend(q_BSHD, k_BSKD, v_BSKD, start_BS, D**-0.5 if scale is None else scale)[0]

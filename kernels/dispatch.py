@@ -47,15 +47,17 @@ def by_device(*args: Any, **kwargs: Any) -> str:
     return "triton" if tensor.is_cuda or INTERPRETED else "reference"
 
 
-def kernel(auto: Callable[..., str] = by_device, **others: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:
-    """Makes an op of its Triton implementation (the decorated function) and `others`, by name; all take the same arguments.
+def kernel(
+    auto: Callable[..., str] = by_device, main: str = "triton", **others: Callable[..., Any]
+) -> Callable[[Callable[..., Any]], Any]:
+    """Makes an op of the decorated function, named `main`, and of `others`, by name; all take the same arguments.
 
     The op takes `backend` besides: a name, or "auto" (what `auto` says for these arguments). `op.implementations` holds all.
     Raises ValueError for a name that the op does not have.
     """
 
     def decorate(op: Callable[..., Any]) -> Callable[..., Any]:
-        implementations = {"triton": op, **others}
+        implementations = {main: op, **others}
 
         @functools.wraps(op)
         def dispatched(*args: Any, backend: str = "auto", **kwargs: Any) -> Any:
@@ -131,6 +133,9 @@ def op_modules() -> dict[str, ModuleType]:
     return {name: import_module(f"megaspark.kernels.{name}") for name in names}
 
 
-def backends(op: str) -> list[str]:
-    """The names that `backend` may have for an op."""
-    return ["auto", *getattr(op_modules()[op], op).implementations]
+@functools.cache
+def backends() -> dict[str, list[str]]:
+    """Every op whose implementation can be chosen, by name, and the names that `backend` may have for it."""
+    paths = sorted(Path(__file__).parent.glob("*.py"))
+    names = [path.stem for path in paths if re.search(r"^@kernel\(", path.read_text(encoding="utf-8"), re.MULTILINE)]
+    return {name: ["auto", *getattr(import_module(f"megaspark.kernels.{name}"), name).implementations] for name in names}

@@ -95,7 +95,8 @@ def _run(
 ) -> tuple[Tensor, ...]:
     """Looks at the arguments, and makes the gradients that are wanted and no others; returns what `_forward` does."""
     if by == "native" and (hidden_NE.device.type != "cpu" or hidden_NE.dtype not in native.DTYPES):
-        raise ValueError(f"linear_cross_entropy's backend 'native' has fp32 and bf16 on CPUs, not {hidden_NE.dtype} on {hidden_NE.device}")
+        found = f"{hidden_NE.dtype} on {hidden_NE.device}"
+        raise ValueError(f"linear_cross_entropy's backend 'native' has fp32 and bf16 on CPUs, not {found}")
     found = f"hidden {tuple(hidden_NE.shape)} {hidden_NE.dtype}, weight {tuple(weight_VE.shape)} {weight_VE.dtype}"
     if hidden_NE.ndim != 2 or weight_VE.ndim != 2 or hidden_NE.shape[1] != weight_VE.shape[1]:
         raise ValueError(f"linear_cross_entropy takes hidden [N, E] and weight [V, E]; these are {found}")

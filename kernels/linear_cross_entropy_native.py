@@ -35,7 +35,8 @@ def forward_native(
         raise RuntimeError(f"index {int(wrong[0])} is out of bounds for a vocabulary of {len(weight_VE)}")
     rounded = -(-chunk // TOKENS) * TOKENS
     row = rounded + GAP
-    kept = torch.empty(len(weight_VE) * row if grad_weight_VE is not None else 0, dtype=hidden_NE.dtype)
+    number = hidden_NE.dtype if native.library().linear_cross_entropy_keeps_bf16() else torch.float32
+    kept = torch.empty(len(weight_VE) * row if grad_weight_VE is not None else 0, dtype=number)
     in_fp32 = grad_weight_VE is not None and grad_weight_VE.dtype == torch.float32
     numbers = [*hidden_NE.shape[:1], *weight_VE.shape, rounded, row, ignore_index, in_fp32, torch.get_num_threads()]
     native.call(

@@ -56,6 +56,12 @@ def has_amx() -> bool:
     return "amx_bf16" in _cpu()
 
 
+@torch.compiler.assume_constant_result
+def on_amd() -> bool:
+    """Whether this CPU is one of AMD's."""
+    return "AuthenticAMD" in _cpu()
+
+
 def call(name: str, dtype: torch.dtype, numbers: Sequence[int], *arguments: Tensor | float | None) -> None:
     """Calls NAME_DTYPE(numbers, arguments ...): numbers as a struct of longs, tensors as addresses, floats as floats.
 
@@ -123,11 +129,12 @@ def _sources() -> list[Path]:
     return sorted([*SOURCES.glob("*.cpp"), *SOURCES.glob("*.hpp")])
 
 
+@functools.cache
 def _cpu() -> str:
     """What tells apart CPUs for which -march=native means something else."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         lines = []
-    kind = re.compile(r"(flags|Features|model name|CPU part)\s*:")
+    kind = re.compile(r"(vendor_id|flags|Features|model name|CPU part)\s*:")
     return "\n".join(sorted({platform.machine(), *(line for line in lines if kind.match(line))}))

@@ -6,7 +6,7 @@ import ctypes
 
 # Parameters of glibc's mallopt(3), from malloc.h.
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX = -1, -2, -4
-_LARGEST_INT = (1 << 31) - 1
+_NEVER = -1  # mallopt(3): "disables trimming completely"; the largest int would be 2 GB, which a larger model frees at once
 _GROWTH_BYTES = 64 << 20
 
 
@@ -21,5 +21,5 @@ def keep_pages() -> bool:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):
         return False
-    wanted = ((_MMAP_MAX, 0), (_TRIM_THRESHOLD, _LARGEST_INT), (_TOP_PAD, _GROWTH_BYTES))
+    wanted = ((_MMAP_MAX, 0), (_TRIM_THRESHOLD, _NEVER), (_TOP_PAD, _GROWTH_BYTES))
     return all(mallopt(parameter, value) == 1 for parameter, value in wanted)

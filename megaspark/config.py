@@ -17,7 +17,8 @@ from megaspark.bad_steps import BadSteps
 from megaspark.deepspeed_files import read_deepspeed_file
 from megaspark.errors import UserError
 from megaspark.flops import parameters
-from megaspark.kernels.dispatch import INTERPRETED, backends, op_modules
+from megaspark.kernels import native
+from megaspark.kernels.dispatch import INTERPRETED, backends
 from megaspark.layouts import Layout, Parallel, layout
 from megaspark.models import architecture
 from megaspark.models.blocks import Execution
@@ -154,10 +155,10 @@ class RunConfig(Section, Generic[ModelT]):
     @classmethod
     def _known_kernels(cls, kernels: dict[str, str]) -> dict[str, str]:
         for op, backend in kernels.items():
-            if op not in op_modules():
-                raise ValueError(f"there is no op {op!r}{nearest(op, [*op_modules()])}")
-            if backend not in backends(op):
-                raise ValueError(f"{op} has no backend {backend!r}{nearest(backend, backends(op))}")
+            if op not in backends():
+                raise ValueError(f"there is no op {op!r}{nearest(op, [*backends()])}")
+            if backend not in backends()[op]:
+                raise ValueError(f"{op} has no backend {backend!r}{nearest(backend, backends()[op])}")
         return kernels
 
     @property
@@ -235,6 +236,12 @@ def open_datasets(path: str) -> dict[str, shards.TokenDataset]:
 
 
 def _check_kernels(config: RunConfig[Any], layout: Layout) -> None:
+    for op, backend in config.kernels.items():
+        if backend == "native" and not native.available():
+            raise UserError(
+                f"kernels.{op} = native needs a C++ compiler, and there is none here that works; apt-get install g++, or set "
+                f"kernels.{op}=auto"
+            )
     if not (torch.cuda.is_available() or INTERPRETED):
         for op, backend in config.kernels.items():
             if backend.startswith("triton"):

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from megaspark.kernels import attention as module
 from megaspark.kernels import attention_blocks as blocks_module
+from megaspark.kernels import native
 from megaspark.kernels.attention import (
     attention,
     attention_sdpa,
@@ -126,7 +127,7 @@ MASKS = {
 
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("heads, kv_heads", [(4, 4), (6, 2), (3, 1)])
-@pytest.mark.parametrize("backend", ["auto", "sdpa", "reference", "blocks"])
+@pytest.mark.parametrize("backend", ["auto", "sdpa", "reference", "blocks", "native"])
 def test_attention(mask, heads, kv_heads, backend):
     """Heads paired with the wrong key head (h % K in place of h // groups), a wrong scale, a leak through the mask."""
     positions, window = MASKS[mask]
@@ -200,9 +201,14 @@ def test_flex_sees_the_same():
 # ---- which one runs
 
 
-def test_auto():
+def test_auto(monkeypatch):
     """A slow path taken silently, or a kernel asked for what it cannot do."""
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    for dtype, head_dim, name in [(torch.bfloat16, 64, "native"), (torch.float32, 256, "native"), (torch.float32, 257, None)]:
+        assert backend_for(cpu, dtype, head_dim, 64, spanned=False) == (name or "reference")
+    assert backend_for(cpu, torch.float64, 64, 64, spanned=True) == "blocks"
+    assert spans(positions_of([3, 5]), 8, None, torch.bfloat16).mask_B1SS is None
+    monkeypatch.setattr(native, "available", lambda: False)
     for seq, spanned, dtype, name in [
         (2048, False, torch.bfloat16, "reference"), (2048, True, torch.bfloat16, "blocks"),
         (512, True, torch.bfloat16, "reference"), (64, True, torch.float32, "blocks"),

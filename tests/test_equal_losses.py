@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from conftest import CHECKOUT, TinyData, process_environment, tiny_run
-from megaspark.kernels.dispatch import op_modules
+from megaspark.kernels.dispatch import backends
 
 # Ten bf16 steps of this model differ from fp32 by 2.2e-4 (docs/LOG.md); two bf16 runs that round in other places by as much.
 TOLERANCE = {"fp32": 2e-5, "bf16": 1e-3}
@@ -38,7 +38,7 @@ def worst(found: list[float], expected: list[float]) -> float:
 def test_all_kernels_on_and_off(precision: str, tiny_data: TinyData, tmp_path: Path) -> None:
     """Each kernel right alone, and one of them called with the wrong strides, span or scale by the model."""
     common = ("run.steps=6", f"run.precision={precision}", "optim.z_loss=1e-3", "model.hidden=32", "model.ffn=48")
-    off = [f"kernels.{op}=reference" for op in op_modules() if op != "adamw"]
+    off = [f"kernels.{op}=reference" for op in backends() if op != "adamw"]
     expected = losses(tiny_data, tmp_path, "plain", *common, *off)
     found = losses(tiny_data, tmp_path, "kernels", *common, interpreted=True)
     assert expected[-1] < expected[0] and found != expected, "the kernels did not run, or nothing was learned"

@@ -241,6 +241,7 @@ def test_dispatch():
     assert made(x, 2, backend="triton") == ("triton", 2) and made(x, backend="other") == ("other", 1)
     with pytest.raises(ValueError, match="op has no backend 'otter'; it has auto, triton, reference, other"):
         made(x, backend="otter")
+    assert kernel(main="native", reference=op)(op)(x, backend="native") == ("triton", 1)
     chosen = kernel(auto=lambda x, power=1: "other" if power > 1 else "reference", reference=op, other=lambda *_, **__: "mine")(op)
     assert chosen(x, power=2) == "mine" and chosen(x) == ("triton", 1)
 
@@ -250,7 +251,8 @@ def test_ops_are_found():
     modules = op_modules()
     assert {"adamw", "gelu_tanh", "layer_norm", "rms_norm", "rope", "swiglu"} <= modules.keys()
     assert not modules.keys() & {"dispatch", "cases", "interpreter"}
-    assert backends("adamw") == ["auto", "triton", "reference", "compiled"]
+    assert backends()["adamw"] == ["auto", "triton", "reference", "compiled"]
+    assert backends().keys() == {*modules, "linear"}
     for name in ("adamw", "gelu_tanh", "layer_norm", "rms_norm", "rope", "swiglu"):
         cases = modules[name].cases()
         assert len({case.name for case in cases}) == len(cases) > 0

@@ -21,8 +21,20 @@ from megaspark.kernels import linear_cross_entropy as module
 from megaspark.kernels import linear_cross_entropy_cpu as cpu
 from megaspark.kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference, token_losses
 
-op = partial(linear_cross_entropy, backend="reference")
 VOCAB = 37
+BACKENDS = {"reference": "torch", "native": "native"}  # backend -> what the custom op calls it
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> str:
+    """What CPUs have of it: in plain torch and in C++."""
+    return request.param
+
+
+@pytest.fixture
+def op(backend: str) -> Callable[..., Tensor]:
+    """The op, on one of them."""
+    return partial(linear_cross_entropy, backend=backend)
 
 
 def inputs(tokens: int, hidden: int = 24, vocab: int = VOCAB, ignored: float = 0.0) -> dict[str, Any]:
@@ -61,8 +73,12 @@ def run(op: Callable[..., Tensor], dtype: torch.dtype, scale: float = 1.0, **giv
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("tokens", [1, 7, 8, 9, 16, 23])
-def test_against_fp64(chunked, tokens, dtype):
+def test_against_fp64(chunked, op, backend, tokens, dtype):
     """A chunk's edge that loses a row, a mean over the chunk in place of all tokens, a loss or a sum rounded to bf16."""
+    if (backend, dtype) == ("native", torch.float16):
+        with pytest.raises(ValueError, match="'native' has fp32 and bf16"):
+            run(op, dtype, **inputs(tokens))
+        return
     for ignored, z_loss in [(0.0, 0.0), (0.4, 1e-2)]:
         for most in (8, 100):
             chunked(most, dtype=dtype)
@@ -71,15 +87,16 @@ def test_against_fp64(chunked, tokens, dtype):
 
 @given(
     st.integers(1, 40), st.integers(1, 50), st.integers(1, 70), st.integers(1, 9), st.sampled_from([0.0, 0.3, 1.0]),
-    st.sampled_from([0.0, 0.1]), st.integers(0, 400),
+    st.sampled_from([0.0, 0.1]), st.integers(0, 400), st.sampled_from([*BACKENDS]),
 )  # fmt: skip
-@settings(max_examples=40, deadline=None)
-def test_sizes(tokens, chunk, vocab, hidden, ignored, z_loss, block_bytes):
+@settings(max_examples=80, deadline=None)
+def test_sizes(tokens, chunk, vocab, hidden, ignored, z_loss, block_bytes, backend):
     """No size, chunk or block of it changes the result: they are matters of memory and cache only. Also for ignored ones alone."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(module.CHUNK_BYTES, "cpu", chunk * vocab * 4)
         patch.setattr(cpu, "BLOCK_BYTES", block_bytes)
         given = inputs(tokens, hidden, vocab, ignored)
+        op = partial(linear_cross_entropy, backend=backend)
         found, right = run(op, torch.float32, **given, z_loss=z_loss), run(exact, torch.float64, **given, z_loss=z_loss)
     for mine, expected in zip(found, right, strict=True):
         # Dot products over up to 70 terms, exp and log of values up to 10: about sqrt(70) + 10 roundings, a few times over.
@@ -88,7 +105,7 @@ def test_sizes(tokens, chunk, vocab, hidden, ignored, z_loss, block_bytes):
 
 @pytest.mark.parametrize("scale", [1.0, 1 / 3, 1 / 7, -65536.0])
 @pytest.mark.parametrize("tokens, dtype", [(23, torch.float32), (64, torch.bfloat16), (200, torch.bfloat16)])
-def test_upstream_gradient(chunked, tokens, dtype, scale):
+def test_upstream_gradient(chunked, op, tokens, dtype, scale):
     """A scale that is ignored, or rounded to bf16: 1/3 would lengthen all gradients by 0.2 %, and nobody would see it.
 
     Nor that the weight's gradient is summed over chunks in bf16: with 50 of them that shows.
@@ -104,7 +121,7 @@ def test_upstream_gradient(chunked, tokens, dtype, scale):
         assert abs(bias) <= max(2 * abs(torchs_bias), UNIT_ROUNDOFF[dtype] / 8, 4 * 2.0**-24)
 
 
-def test_makes_only_the_gradients_asked_for(chunked):
+def test_makes_only_the_gradients_asked_for(chunked, op, backend):
     """Evaluation would hold gradients of the whole vocabulary, and a frozen head would get one."""
     chunked(8)
     given = inputs(20)
@@ -119,13 +136,13 @@ def test_makes_only_the_gradients_asked_for(chunked):
         assert torch.equal(leaves[wanted].grad.double(), whole[1 + wanted]) and leaves[1 - wanted].grad is None
         assert [t.shape for t in saved if t.numel() > 1] == [leaves[wanted].shape]
     forward = torch.ops.megaspark.linear_cross_entropy_forward.default
-    outputs = forward(hidden.float(), weight.float(), labels, -100, 0.0, False, False, False)
+    outputs = forward(hidden.float(), weight.float(), labels, -100, 0.0, BACKENDS[backend], False, False)
     assert outputs[0].double() == whole[0] and outputs[3].numel() == outputs[4].numel() == 0
     with torch.no_grad():
         assert op(hidden.float().requires_grad_(), weight.float(), labels).double() == whole[0]
 
 
-def test_tied_weights():
+def test_tied_weights(op):
     """The embedding's gradient and the head's arrive at one parameter: each once."""
     given = inputs(12, hidden=8, vocab=20)
     tokens = torch.arange(12) % 20
@@ -138,14 +155,14 @@ def test_tied_weights():
     assert (tied(op, torch.float32) - tied(exact, torch.float64)).abs().max() <= 100 * 2.0**-24
 
 
-def test_all_labels_ignored():
+def test_all_labels_ignored(op):
     """0 / 0: one NaN loss of a sequence of padding would end a run."""
     given = inputs(9, ignored=1.0)
     for found in run(op, torch.float32, **given, z_loss=1e-2):
         assert (found == 0).all()
 
 
-def test_ignore_index_may_be_a_token():
+def test_ignore_index_may_be_a_token(op):
     """Padding marked by a token's own number, 0: it counts nowhere, though it is a column of the logits."""
     given = inputs(20)
     given["labels_N"][::3] = 0
@@ -155,13 +172,14 @@ def test_ignore_index_may_be_a_token():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_token_losses(chunked, dtype):
+def test_token_losses(chunked, op, backend, dtype):
     """A chunk's losses at another's place, an ignored one that counts, a loss rounded to bf16 (off by 0.03 at 10), a gradient."""
     chunked(8, dtype=dtype)
     given = inputs(21, ignored=0.3)
     hidden, weight = (given[name].to(dtype).requires_grad_() for name in ("hidden_NE", "weight_VE"))
-    found = token_losses(hidden, weight, given["labels_N"], backend="reference")
-    logits = F.linear(hidden, weight).double()  # as rounded: what is tested is all that follows
+    found = token_losses(hidden, weight, given["labels_N"], backend=backend)
+    exactly = F.linear(hidden.double(), weight.double())
+    logits = exactly if backend == "native" else F.linear(hidden, weight).double()  # in torch they are rounded to their dtype
     right = F.cross_entropy(logits, given["labels_N"], reduction="none")
     assert found.dtype == torch.float32 and not found.requires_grad
     assert (found - right).abs().max() <= 40 * 2.0**-24 and ((found == 0) == (given["labels_N"] == -100)).all()
@@ -169,7 +187,7 @@ def test_token_losses(chunked, dtype):
     assert abs(mean - op(hidden, weight, given["labels_N"])) <= 4 * 2.0**-24 * mean
 
 
-def test_huge_logits():
+def test_huge_logits(op):
     """exp of a logit of 1,000 overflows unless the largest is taken off first."""
     hidden = torch.tensor([[1000.0, 0.0], [0.0, 1000.0]], requires_grad=True)
     loss = op(hidden, torch.eye(2), torch.tensor([0, 0]))
@@ -178,7 +196,7 @@ def test_huge_logits():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_confident_tokens(dtype):
+def test_confident_tokens(op, dtype):
     """Where p is near 1 the gradient is p - 1, and a rounded product with p leaves nothing of it; a total of e^80 is still one."""
     for size in (6.0, -80.0):  # of the label's logit over the others
         hidden, weight = torch.ones(3, 1).double(), torch.zeros(VOCAB, 1).double()
@@ -208,11 +226,11 @@ def test_never_holds_all_logits(chunked):
     inside = module._forward._init_fn  # torch shows a custom op to the mode as one operation
     with pytest.MonkeyPatch.context() as patch, Largest() as largest:
         patch.setattr(cpu, "BLOCK_BYTES", 4 * 4 * vocab // blocks)
-        inside(hidden.bfloat16(), weight.bfloat16(), labels, -100, 0.0, False, True, True)
+        inside(hidden.bfloat16(), weight.bfloat16(), labels, -100, 0.0, "torch", True, True)
     assert largest.numel == chunk * vocab and largest.numel_fp32 == 4 * vocab
 
 
-def test_labels_out_of_range_are_an_error():
+def test_labels_out_of_range_are_an_error(op):
     """A tokenizer with more tokens than the model would train on whatever lies behind the row."""
     for wrong in (-1, VOCAB):
         given = inputs(5)
@@ -231,7 +249,7 @@ def test_labels_out_of_range_are_an_error():
         ({"labels_N": torch.zeros(5)}, "integer labels"),
     ],
 )
-def test_mistakes(change, message):
+def test_mistakes(op, change, message):
     """Shapes that broadcast, and dtypes that torch promotes, would give a loss of something else."""
     good = {"hidden_NE": torch.zeros(5, 24), "weight_VE": torch.zeros(37, 24), "labels_N": torch.zeros(5, dtype=torch.int64)}
     with pytest.raises(ValueError, match=message):
@@ -240,7 +258,7 @@ def test_mistakes(change, message):
 
 @pytest.mark.parametrize("most", [4, 100])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_custom_op(chunked, dtype, most):
+def test_custom_op(chunked, backend, dtype, most):
     """torch's own checks: the schema, the fake implementation (dtypes of gradients in one chunk and in several), autograd."""
     chunked(most, dtype=dtype)
     given = inputs(10, ignored=0.3)
@@ -249,12 +267,12 @@ def test_custom_op(chunked, dtype, most):
     for wanted in [(True, True), (True, False), (False, True)]:
         pairs = zip(("hidden_NE", "weight_VE"), wanted, strict=True)
         leaves = [given[name].to(dtype).requires_grad_(asked) for name, asked in pairs]
-        torch.library.opcheck(forward, (*leaves, labels, -100, 0.1, False, *wanted))
+        torch.library.opcheck(forward, (*leaves, labels, -100, 0.1, BACKENDS[backend], *wanted))
     scaled = (torch.randn(6, 4), torch.tensor(0.3), dtype)
     torch.library.opcheck(torch.ops.megaspark.linear_cross_entropy_backward.default, scaled)
 
 
-def test_compiled_whole(chunked):
+def test_compiled_whole(chunked, op):
     """A graph break in the last layer, or another result: torch.compile with fullgraph, bit for bit."""
     chunked(8, dtype=torch.bfloat16)
     given = inputs(20, ignored=0.3)

@@ -39,7 +39,7 @@ def test_wheel_holds_every_module_and_setting_and_nothing_else(wheel: Path) -> N
     expected = set()
     for folder, target in folders.items():
         for path in (CHECKOUT / folder).rglob("*"):
-            if path.suffix in (".py", ".yaml", ".json", ".jsonl") and "__pycache__" not in path.parts:
+            if path.suffix in (".py", ".yaml", ".json", ".jsonl", ".cpp", ".hpp") and "__pycache__" not in path.parts:
                 expected.add(f"{target}/{path.relative_to(CHECKOUT / folder)}")
     assert inside == expected
 

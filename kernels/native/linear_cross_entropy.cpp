@@ -243,4 +243,7 @@ void linear_cross_entropy_bfloat16(const Shape* s, const bf16* hidden, const bf1
                                    float* losses, bf16* grad_hidden, void* grad_weight, void* kept) {
     Job<bf16_factor, bf16>(*s, hidden, weight, labels, z_loss, losses, grad_hidden, grad_weight, (bf16_factor*)kept).run();
 }
+
+// Whether numerators of bf16 weights are kept as bf16; else as fp32.
+int linear_cross_entropy_keeps_bf16() { return IN_FACTOR<bf16_factor> == 2; }
 }

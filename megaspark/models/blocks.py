@@ -20,6 +20,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from megaspark.groups import ALONE, Groups, Share, enter, heads_to_tokens, leave, rows, tokens_to_heads
 from megaspark.kernels.attention import Spans, attention
 from megaspark.kernels.fp8_linear import fp8_linear
+from megaspark.kernels.linear import linear
 from megaspark.kernels.linear_cross_entropy import linear_cross_entropy
 from megaspark.kernels.rms_norm import add_rms_norm, rms_norm
 from megaspark.kernels.rope import rope
@@ -29,7 +30,7 @@ IGNORED = -100  # the label of a token that has no loss
 # Ops whose results "selective" keeps, by the beginnings of their names.
 PRODUCTS = (
     "aten.mm", "aten.addmm", "aten.bmm", "aten._scaled_dot_product", "megaspark.fp8_linear", "megaspark.flash_attention",
-    "megaspark.attention_blocks", "megaspark.attention_native", "flash_attn",
+    "megaspark.attention_blocks", "megaspark.attention_native", "megaspark.linear_native", "flash_attn",
 )  # fmt: skip
 
 
@@ -86,13 +87,13 @@ class Linear(nn.Module):
             self.share = Share(("out", "in").index(split), group.rank, group.size)
             shape[self.share.dim] //= group.size
         self.weight = nn.Parameter(torch.empty(shape))
-        self.fp8, self.backend = execution.fp8, execution.backend("fp8_linear")
+        self.fp8, self.backend = execution.fp8, execution.backend("linear" if execution.fp8 is None else "fp8_linear")
 
     def forward(self, x: Tensor, weight: Tensor | None = None) -> Tensor:
         """x: [..., in]. Returns [..., out]; by another weight where one is given."""
         weight = self.weight if weight is None else weight
         if self.fp8 is None:
-            return F.linear(x, weight)
+            return linear(x, weight, backend=self.backend)
         return fp8_linear(x, weight, scaling=self.fp8, backend=self.backend)
 
 
