@@ -197,7 +197,7 @@ def test_linear_takes_what_lies_anyhow():
     """A weight that is a slice of another's columns, activations of three dimensions whose tokens are not neighbours."""
     x, weight = normal(3, 40, 24, seed=1).transpose(0, 1), normal(50, 72, seed=2)[:, 24:48]
     check(partial(linear, backend="native"), linear_reference, torch.float32, x_E=x, weight_FE=weight)
-    frozen = [x.float().requires_grad_(), weight.float()]
+    frozen = [x.detach().float().requires_grad_(), weight.detach().float()]
     linear(*frozen, backend="native").sum().backward()
     assert frozen[0].grad is not None and frozen[1].grad is None
 
@@ -224,7 +224,8 @@ def test_custom_ops_compile_whole():
     def both(q: Tensor, x: Tensor) -> Tensor:
         return attention(q, k, v, backend="native").sum() + linear(x, weight, backend="native").square().sum()
 
-    found = [torch.autograd.grad(f(q, x), (q, k, v, x, weight)) for f in (torch.compile(both, fullgraph=True, backend="aot_eager"), both)]
+    compiled = torch.compile(both, fullgraph=True, backend="aot_eager")
+    found = [torch.autograd.grad(f(q, x), (q, k, v, x, weight)) for f in (compiled, both)]
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 

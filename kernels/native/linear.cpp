@@ -6,7 +6,7 @@
 namespace {
 
 constexpr int PANEL = MOST_VECTORS * WIDTH;
-constexpr long ROWS = 240, STEPS = 256;  // of a at a time, at most: 240 KB
+constexpr long ROWS = 240;  // of a at a time, at most
 
 struct Shape {
     long rows, columns, steps;  // of c, of c, summed over
@@ -46,9 +46,7 @@ void multiply(const Shape& s, const float* a, const float* b, float* c) {
             }
             for (long i = 0; i < panels; i++) {
                 const long wide = smaller(PANEL, s.columns - i * PANEL);
-                for (long k = 0; k < s.steps; k += STEPS)
-                    product(rows, (wide + WIDTH - 1) / WIDTH, smaller(STEPS, s.steps - k), from + k * a_step, a_row, a_step,
-                            packed.get() + i * size + k * PANEL, PANEL, sums.get(), PANEL, k > 0);
+                product(rows, (wide + WIDTH - 1) / WIDTH, s.steps, from, a_row, a_step, packed.get() + i * size, PANEL, sums.get(), PANEL, false);
                 for (long r = 0; r < rows; r++) store_row(c + (r0 + r) * s.columns + i * PANEL, sums.get() + r * PANEL, 1, wide);
             }
         }

@@ -10,7 +10,6 @@
 namespace {
 
 constexpr int TOKENS = 48, PANEL = MOST_VECTORS * WIDTH;  // tokens a block; columns of a gradient in a row of memory
-constexpr long STEPS = 240;                               // tokens at once in the weights' gradient
 constexpr float LARGEST_TOTAL = 1e30f;  // of numerators, times a weight or a hidden number: far from 3e38
 
 struct Shape {
@@ -218,9 +217,8 @@ template <class F, class T> struct Job {
             for (long v0 = 0; v0 < s.vocab; v0 += rows) {
                 const long now = smaller(rows, s.vocab - v0);
                 for (long i = 0; i < panels(); i++) {
-                    for (long k = 0; k < used; k += STEPS)
-                        product(now, panel_vectors(i), smaller(STEPS, used - k), kept_from(v0) + k, s.kept_row / P, 1,
-                                scaled.get() + (i * steps + k) * PANEL, PANEL, sums.get(), PANEL, k > 0);
+                    product(now, panel_vectors(i), used, kept_from(v0), s.kept_row / P, 1, scaled.get() + i * steps * PANEL, PANEL,
+                            sums.get(), PANEL, false);
                     for (long v = 0; v < now; v++) {
                         const long place = (v0 + v) * s.wide + i * PANEL, wide = smaller(PANEL, s.wide - i * PANEL);
                         if (!s.weight_gradient_is_fp32) store_row((T*)grad_weight + place, sums.get() + v * PANEL, 1, wide);

@@ -27,6 +27,8 @@ typedef pair bf16_factor;
 typedef float bf16_factor;  // multiplied as fp32
 #endif
 
+constexpr int MOST_STEPS = 192;  // summed in registers before they are added to what was summed before
+
 // Rows and vectors of c that registers hold at once, beside a row of b and a number of a.
 #if defined(__AVX512F__) || defined(__aarch64__)
 constexpr int MOST_VECTORS = 4;
@@ -43,7 +45,7 @@ inline void tile(const Factor* a, ptrdiff_t a_row, ptrdiff_t a_step, const Facto
 #pragma GCC unroll 16
     for (int r = 0; r < ROWS; r++)
 #pragma GCC unroll 4
-        for (int v = 0; v < VECTORS; v++) total[r][v] = add ? load(c + r * c_row + v * WIDTH) : vec{};
+        for (int v = 0; v < VECTORS; v++) total[r][v] = vec{};
     for (int k = 0; k < steps; k++, a += a_step, b += b_step) {
         decltype(factors(b)) row[VECTORS];
 #pragma GCC unroll 4
@@ -58,7 +60,10 @@ inline void tile(const Factor* a, ptrdiff_t a_row, ptrdiff_t a_step, const Facto
 #pragma GCC unroll 16
     for (int r = 0; r < ROWS; r++)
 #pragma GCC unroll 4
-        for (int v = 0; v < VECTORS; v++) store(c + r * c_row + v * WIDTH, total[r][v]);
+        for (int v = 0; v < VECTORS; v++) {
+            float* to = c + r * c_row + v * WIDTH;
+            store(to, add ? load(to) + total[r][v] : total[r][v]);
+        }
 }
 
 // The same for the last rows, fewer than a whole tile has.
@@ -81,17 +86,22 @@ inline void columns(int rows, const Factor* a, ptrdiff_t a_row, ptrdiff_t a_step
 }
 
 // c[r, n] (+)= sum over k of a[r, k] b[k, n], for `rows` r, `steps` k and `vectors` x WIDTH n.
-// Distances in elements: a's between rows and between steps, b's between steps, c's between rows.
+// Distances in elements: a's between rows and between steps, b's between steps, c's between rows. Many steps are summed in
+// parts, which keeps b in a cache and the sum's rounding errors small.
 template <class Factor>
 inline void product(int rows, int vectors, int steps, const Factor* a, ptrdiff_t a_row, ptrdiff_t a_step, const Factor* b,
                     ptrdiff_t b_step, float* c, ptrdiff_t c_row, bool add) {
     while (vectors > 0) {
         const int pieces = (vectors + MOST_VECTORS - 1) / MOST_VECTORS, now = (vectors + pieces - 1) / pieces;
-        if (now == 1) columns<1>(rows, a, a_row, a_step, b, b_step, c, c_row, steps, add);
-        if (now == 2) columns<2>(rows, a, a_row, a_step, b, b_step, c, c_row, steps, add);
-        if constexpr (MOST_VECTORS > 2) {
-            if (now == 3) columns<3>(rows, a, a_row, a_step, b, b_step, c, c_row, steps, add);
-            if (now == 4) columns<4>(rows, a, a_row, a_step, b, b_step, c, c_row, steps, add);
+        for (int k = 0; k < steps; k += MOST_STEPS) {
+            const int part = steps - k < MOST_STEPS ? steps - k : MOST_STEPS;
+            const Factor *a_k = a + k * a_step, *b_k = b + k * b_step;
+            if (now == 1) columns<1>(rows, a_k, a_row, a_step, b_k, b_step, c, c_row, part, add || k > 0);
+            if (now == 2) columns<2>(rows, a_k, a_row, a_step, b_k, b_step, c, c_row, part, add || k > 0);
+            if constexpr (MOST_VECTORS > 2) {
+                if (now == 3) columns<3>(rows, a_k, a_row, a_step, b_k, b_step, c, c_row, part, add || k > 0);
+                if (now == 4) columns<4>(rows, a_k, a_row, a_step, b_k, b_step, c, c_row, part, add || k > 0);
+            }
         }
         b += now * WIDTH, c += now * WIDTH, vectors -= now;
     }
