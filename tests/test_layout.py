@@ -49,7 +49,7 @@ LAYERS = (
     "data_prep/sources data_prep/sorted_runs data_prep/minhash",
     "kernels/* samples groups pieces meters overlaps safetensors_files",
     "kernels/dispatch",
-    "kernels/interpreter kernels/cases",
+    "kernels/interpreter kernels/cases kernels/native",
     "packing",
     "permutations shards",
     "hf_tokenizers output_folders text_bytes harness_tasks code_tasks completions example_files costs comm_counters",

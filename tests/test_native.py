@@ -142,6 +142,24 @@ def test_attention_is_the_same_bits_in_any_company():
     assert all(torch.equal(a, b[1:2]) for a, b in zip(results(slice(1, 2), 2), right, strict=True))
 
 
+def test_head_and_linear_are_the_same_bits_for_any_threads():
+    """Rows shared out otherwise, and summed otherwise."""
+    x, weight, labels = normal(333, 70, seed=1).float(), normal(500, 70, seed=2).float(), torch.arange(333)
+
+    def results(threads: int) -> list[Tensor]:
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            leaves = [x.detach().requires_grad_(), weight.detach().requires_grad_()]
+            loss = linear_cross_entropy(*leaves, labels, backend="native") + linear(*leaves, backend="native").square().mean()
+            return [loss.detach(), *torch.autograd.grad(loss, leaves)]
+        finally:
+            torch.set_num_threads(before)
+
+    for threads in (2, 3, 5):
+        assert all(torch.equal(a, b) for a, b in zip(results(threads), results(1), strict=True))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_not_a_number_stays_one(dtype):
     """A loss that should have been NaN, and a step that should have been refused."""

@@ -3,6 +3,7 @@
 // Tokens go in blocks of 64. Blocks of keys that no query of a block sees are not computed. A task is one head of one sequence,
 // always summed in the same order, so the bits do not depend on the number of threads.
 #include <cmath>
+#include <initializer_list>
 #include <limits>
 
 #include "layouts.hpp"
@@ -76,35 +77,54 @@ void soften(const Head& head, const Shape& s, float scale, long m0, long n0, int
     }
 }
 
+// scores [rows][BLOCK] = x y^T, x by rows and y turned.
+template <class F> void multiply(int rows, long wide, const F* x, const F* y_turned, float* scores) {
+    product(rows, BLOCK / WIDTH, wide / IN_FACTOR<F>, x, wide / IN_FACTOR<F>, 1, y_turned, BLOCK, scores, BLOCK, false);
+}
+
+// out [rows][wide] += weights y, weights [rows][BLOCK] by rows and y by steps.
+template <class F> void add(int rows, long wide, const F* weights, const F* y_steps, float* out) {
+    constexpr int P = IN_FACTOR<F>;
+    product(rows, wide / WIDTH, BLOCK / P, weights, BLOCK / P, 1, y_steps, wide, out, wide, true);
+}
+
+// out [BLOCK][wide] += weights^T y, both by steps.
+template <class F> void add_turned(long wide, const F* weights, const F* y_steps, float* out) {
+    product(BLOCK, wide / WIDTH, BLOCK / IN_FACTOR<F>, weights, 1, BLOCK, y_steps, wide, out, wide, true);
+}
+
 template <class F, class T>
 void forward(const Shape& s, const T* q, const T* k, const T* v, const int32_t* start, float scale, T* o, float* lse) {
     constexpr int P = IN_FACTOR<F>;
     const long wide = up(s.dim, WIDTH), blocks = up(s.seq, BLOCK) / BLOCK, size = BLOCK * wide / P;
 #pragma omp parallel num_threads(s.threads)
     {
-        auto keys = buffer<F>(blocks * size), values = buffer<F>(blocks * size), query = buffer<F>(size), weights = buffer<F>(BLOCK * BLOCK / P);
+        auto k_turned = buffer<F>(blocks * size), v_steps = buffer<F>(blocks * size), q_rows = buffer<F>(size);
+        auto weights = buffer<F>(BLOCK * BLOCK / P);
         auto scores = buffer<float>(BLOCK * BLOCK), out = buffer<float>(BLOCK * wide);
         float most[BLOCK], total[BLOCK];
 #pragma omp for schedule(dynamic)
         for (long task = 0; task < s.batch * s.heads; task++) {
             const Head head = head_of(s, start, task);
-            const auto q_h = matrix(q, s.q, s, head.b, head.h), k_h = matrix(k, s.k, s, head.b, head.kv), v_h = matrix(v, s.v, s, head.b, head.kv);
+            const auto q_h = matrix(q, s.q, s, head.b, head.h);
+            const auto k_h = matrix(k, s.k, s, head.b, head.kv), v_h = matrix(v, s.v, s, head.b, head.kv);
             for (long j = 0; j < blocks; j++) {
-                pack_turned(keys.get() + j * size, query.get(), k_h.from(j * BLOCK), BLOCK, wide);
-                pack_steps(values.get() + j * size, v_h.from(j * BLOCK), BLOCK, wide);
+                pack_turned(k_turned.get() + j * size, q_rows.get(), k_h.from(j * BLOCK), BLOCK, wide);
+                pack_steps(v_steps.get() + j * size, v_h.from(j * BLOCK), BLOCK, wide);
             }
             for (long m0 = 0; m0 < s.seq; m0 += BLOCK) {
-                const int rows = s.seq - m0 < BLOCK ? s.seq - m0 : BLOCK;
-                pack_rows(query.get(), q_h.from(m0), BLOCK, wide);
+                const int rows = smaller(BLOCK, s.seq - m0);
+                pack_rows(q_rows.get(), q_h.from(m0), BLOCK, wide);
                 std::memset(out.get(), 0, BLOCK * wide * sizeof(float));
                 for (int r = 0; r < BLOCK; r++) most[r] = -INF, total[r] = 0;
                 for (long j = head.first(m0) / BLOCK; j * BLOCK <= m0; j++) {
-                    product(rows, BLOCK / WIDTH, wide / P, query.get(), wide / P, 1, keys.get() + j * size, BLOCK, scores.get(), BLOCK, false);
+                    multiply(rows, wide, q_rows.get(), k_turned.get() + j * size, scores.get());
                     soften(head, s, scale, m0, j * BLOCK, rows, scores.get(), weights.get(), most, total, out.get(), wide);
-                    product(rows, wide / WIDTH, BLOCK / P, weights.get(), BLOCK / P, 1, values.get() + j * size, wide, out.get(), wide, true);
+                    add(rows, wide, weights.get(), v_steps.get() + j * size, out.get());
                 }
                 for (int r = 0; r < rows; r++) {
-                    store_row(o + ((head.b * s.seq + m0 + r) * s.heads + head.h) * s.dim, out.get() + r * wide, 1 / total[r], s.dim);
+                    T* to = o + ((head.b * s.seq + m0 + r) * s.heads + head.h) * s.dim;
+                    store_row(to, out.get() + r * wide, 1 / total[r], s.dim);
                     lse[(head.b * s.heads + head.h) * s.seq + m0 + r] = most[r] + std::log(total[r]);
                 }
             }
@@ -134,68 +154,83 @@ void soften_again(const Head& head, const Shape& s, float scale, long m0, long n
         }
 }
 
+// What a thread works in during a backward pass: of all queries of a head, and of one block of keys.
+template <class F> struct Room {
+    static constexpr int P = IN_FACTOR<F>, SQUARE = BLOCK * BLOCK;
+    const long wide, size, all;  // numbers of a row; factors of a block, of a head
+    Buffer<F> q_rows = buffer<F>(all), dout_rows = buffer<F>(all), k_turned = buffer<F>(size), v_turned = buffer<F>(size);
+    Buffer<F> k_steps = buffer<F>(size), scratch = buffer<F>(size), q_steps_own = buffer<F>(P > 1 ? all : 0);
+    Buffer<F> dout_steps_own = buffer<F>(P > 1 ? all : 0);
+    Buffer<F> weights = buffer<F>(SQUARE / P), ds_by_queries = buffer<F>(SQUARE / P), ds_by_keys_own = buffer<F>(SQUARE / P);
+    Buffer<float> scores = buffer<float>(SQUARE), grads = buffer<float>(SQUARE), dk = buffer<float>(BLOCK * wide);
+    Buffer<float> dv = buffer<float>(BLOCK * wide), dq = buffer<float>(all * P), lse = buffer<float>(all * P / wide);
+    Buffer<float> delta = buffer<float>(all * P / wide);
+
+    Room(long wide, long blocks) : wide(wide), size(BLOCK * wide / P), all(blocks * size) {}
+    // Of fp32, rows and steps are the same.
+    F* q_steps() const { return P > 1 ? q_steps_own.get() : q_rows.get(); }
+    F* dout_steps() const { return P > 1 ? dout_steps_own.get() : dout_rows.get(); }
+    F* ds_by_keys() const { return P > 1 ? ds_by_keys_own.get() : ds_by_queries.get(); }
+};
+
+// A head's queries, gradients and sums into a room. o: the head's outputs.
+template <class F, class T>
+void enter(const Room<F>& room, const Matrix<T>& q, const Matrix<T>& dout, const Matrix<T>& o, const float* lse) {
+    const long padded = up(q.present, BLOCK);
+    for (long m0 = 0; m0 < padded; m0 += BLOCK) {
+        const long place = m0 / BLOCK * room.size;
+        pack_rows(room.q_rows.get() + place, q.from(m0), BLOCK, room.wide);
+        pack_rows(room.dout_rows.get() + place, dout.from(m0), BLOCK, room.wide);
+        if constexpr (IN_FACTOR<F> > 1) {
+            pack_steps(room.q_steps() + place, q.from(m0), BLOCK, room.wide);
+            pack_steps(room.dout_steps() + place, dout.from(m0), BLOCK, room.wide);
+        }
+    }
+    for (long m = 0; m < padded; m++) {
+        vec products = {};
+        for (long c = 0; c < q.dim; c += WIDTH) products += piece(dout.row(m), c, q.dim) * piece(o.row(m), c, q.dim);
+        room.delta[m] = sum(products);
+        room.lse[m] = m < q.present ? lse[m] : INF;  // exp(-inf) = 0: no weight
+    }
+    std::memset(room.dq.get(), 0, padded * room.wide * sizeof(float));
+}
+
 // dk and dv are each query head's own: [batch, seq, heads, dim].
 template <class F, class T, class G>
 void backward(const Shape& s, const T* dout, const T* q, const T* k, const T* v, const T* o, const float* lse, const int32_t* start,
               float scale, T* dq, G* dk, G* dv) {
-    constexpr int P = IN_FACTOR<F>;
-    const long wide = up(s.dim, WIDTH), blocks = up(s.seq, BLOCK) / BLOCK, size = BLOCK * wide / P, all = blocks * size;
-    const long padded = blocks * BLOCK;
+    const long wide = up(s.dim, WIDTH), token = s.heads * s.dim, packed[3] = {s.seq * token, token, s.dim};
 #pragma omp parallel num_threads(s.threads)
     {
-        // Of fp32, rows and steps are the same.
-        auto q_rows = buffer<F>(all), dout_rows = buffer<F>(all), q_steps = buffer<F>(P > 1 ? all : 0), dout_steps = buffer<F>(P > 1 ? all : 0);
-        auto k_turned = buffer<F>(size), v_turned = buffer<F>(size), k_steps = buffer<F>(size), scratch = buffer<F>(size);
-        auto weights = buffer<F>(BLOCK * BLOCK / P), by_queries = buffer<F>(BLOCK * BLOCK / P), by_keys = buffer<F>(BLOCK * BLOCK / P);
-        auto scores = buffer<float>(BLOCK * BLOCK), grads = buffer<float>(BLOCK * BLOCK), lse_h = buffer<float>(padded);
-        auto delta = buffer<float>(padded), dk_j = buffer<float>(BLOCK * wide), dv_j = buffer<float>(BLOCK * wide), dq_h = buffer<float>(padded * wide);
-        const F *q_by = P > 1 ? q_steps.get() : q_rows.get(), *dout_by = P > 1 ? dout_steps.get() : dout_rows.get();
-        const F* ds = P > 1 ? by_keys.get() : by_queries.get();
+        const Room<F> room(wide, up(s.seq, BLOCK) / BLOCK);
 #pragma omp for schedule(dynamic)
         for (long task = 0; task < s.batch * s.heads; task++) {
             const Head head = head_of(s, start, task);
-            const auto q_h = matrix(q, s.q, s, head.b, head.h), dout_h = matrix(dout, s.dout, s, head.b, head.h);
             const auto k_h = matrix(k, s.k, s, head.b, head.kv), v_h = matrix(v, s.v, s, head.b, head.kv);
-            const long token = s.heads * s.dim, place = head.b * s.seq * token + head.h * s.dim;  // where o and the results are packed
-            for (long i = 0; i < blocks; i++) {
-                pack_rows(q_rows.get() + i * size, q_h.from(i * BLOCK), BLOCK, wide);
-                pack_rows(dout_rows.get() + i * size, dout_h.from(i * BLOCK), BLOCK, wide);
-                if constexpr (P > 1) {
-                    pack_steps(q_steps.get() + i * size, q_h.from(i * BLOCK), BLOCK, wide);
-                    pack_steps(dout_steps.get() + i * size, dout_h.from(i * BLOCK), BLOCK, wide);
-                }
-            }
-            for (long m = 0; m < padded; m++) {
-                vec products = {};
-                if (m < s.seq)
-                    for (long c = 0; c < s.dim; c += WIDTH)
-                        products += piece(dout_h.row(m), c, s.dim) * piece(o + place + m * token, c, s.dim);
-                delta[m] = sum(products);
-                lse_h[m] = m < s.seq ? lse[(head.b * s.heads + head.h) * s.seq + m] : INF;  // exp(-inf) = 0: no weight
-            }
-            std::memset(dq_h.get(), 0, padded * wide * sizeof(float));
+            const long place = head.b * packed[0] + head.h * packed[2];
+            enter(room, matrix(q, s.q, s, head.b, head.h), matrix(dout, s.dout, s, head.b, head.h),
+                  matrix(o, packed, s, head.b, head.h), lse + (head.b * s.heads + head.h) * s.seq);
             for (long n0 = 0; n0 < s.seq; n0 += BLOCK) {
-                pack_turned(k_turned.get(), scratch.get(), k_h.from(n0), BLOCK, wide);
-                pack_turned(v_turned.get(), scratch.get(), v_h.from(n0), BLOCK, wide);
-                pack_steps(k_steps.get(), k_h.from(n0), BLOCK, wide);
-                std::memset(dk_j.get(), 0, BLOCK * wide * sizeof(float));
-                std::memset(dv_j.get(), 0, BLOCK * wide * sizeof(float));
+                pack_turned(room.k_turned.get(), room.scratch.get(), k_h.from(n0), BLOCK, wide);
+                pack_turned(room.v_turned.get(), room.scratch.get(), v_h.from(n0), BLOCK, wide);
+                pack_steps(room.k_steps.get(), k_h.from(n0), BLOCK, wide);
+                for (float* sums : {room.dk.get(), room.dv.get()}) std::memset(sums, 0, BLOCK * wide * sizeof(float));
                 for (long m0 = n0; m0 < s.seq && head.first(m0) < n0 + BLOCK; m0 += BLOCK) {
-                    const long i = m0 / BLOCK;
-                    product(BLOCK, BLOCK / WIDTH, wide / P, q_rows.get() + i * size, wide / P, 1, k_turned.get(), BLOCK, scores.get(), BLOCK, false);
-                    product(BLOCK, BLOCK / WIDTH, wide / P, dout_rows.get() + i * size, wide / P, 1, v_turned.get(), BLOCK, grads.get(), BLOCK, false);
-                    soften_again(head, s, scale, m0, n0, scores.get(), grads.get(), lse_h.get() + m0, delta.get() + m0,
-                                 weights.get(), by_queries.get(), by_keys.get());
-                    product(BLOCK, wide / WIDTH, BLOCK / P, weights.get(), 1, BLOCK, dout_by + i * size, wide, dv_j.get(), wide, true);
-                    product(BLOCK, wide / WIDTH, BLOCK / P, by_queries.get(), 1, BLOCK, q_by + i * size, wide, dk_j.get(), wide, true);
-                    product(BLOCK, wide / WIDTH, BLOCK / P, ds, BLOCK / P, 1, k_steps.get(), wide, dq_h.get() + m0 * wide, wide, true);
+                    const long block = m0 / BLOCK * room.size;
+                    multiply(BLOCK, wide, room.q_rows.get() + block, room.k_turned.get(), room.scores.get());
+                    multiply(BLOCK, wide, room.dout_rows.get() + block, room.v_turned.get(), room.grads.get());
+                    soften_again(head, s, scale, m0, n0, room.scores.get(), room.grads.get(), &room.lse[m0], &room.delta[m0],
+                                 room.weights.get(), room.ds_by_queries.get(), room.ds_by_keys());
+                    add_turned(wide, room.weights.get(), room.dout_steps() + block, room.dv.get());
+                    add_turned(wide, room.ds_by_queries.get(), room.q_steps() + block, room.dk.get());
+                    add(BLOCK, wide, room.ds_by_keys(), room.k_steps.get(), &room.dq[m0 * wide]);
                 }
                 for (long n = n0; n < s.seq && n < n0 + BLOCK; n++) {
-                    store_row(dk + place + n * token, dk_j.get() + (n - n0) * wide, scale, s.dim);
-                    store_row(dv + place + n * token, dv_j.get() + (n - n0) * wide, 1, s.dim);
+                    store_row(dk + place + n * token, &room.dk[(n - n0) * wide], scale, s.dim);
+                    store_row(dv + place + n * token, &room.dv[(n - n0) * wide], 1, s.dim);
                 }
             }
-            for (long m = 0; m < s.seq; m++) store_row(dq + place + m * token, dq_h.get() + m * wide, scale, s.dim);
+            for (long m = 0; m < s.seq; m++) store_row(dq + place + m * token, &room.dq[m * wide], scale, s.dim);
         }
     }
 }

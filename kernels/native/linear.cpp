@@ -28,11 +28,13 @@ void pack_panel(const Shape& s, const float* b, long c0, float* to, float* scrat
 void multiply(const Shape& s, const float* a, const float* b, float* c) {
     const long panels = (s.columns + PANEL - 1) / PANEL, size = up(s.steps, WIDTH) * PANEL;
     const long turns = (s.rows + ROWS * s.threads - 1) / (ROWS * s.threads);  // of all threads, with as much for each
-    const long most = up((s.rows + turns * s.threads - 1) / (turns * s.threads), 24), blocks = (s.rows + most - 1) / most;  // 24: 6, 8 and 12 rows in registers
+    const long most = up((s.rows + turns * s.threads - 1) / (turns * s.threads), 24);  // 24: registers take 6, 8 or 12 rows
+    const long blocks = (s.rows + most - 1) / most;
     auto packed = buffer<float>(panels * size);
 #pragma omp parallel num_threads(s.threads)
     {
-        auto scratch = buffer<float>(PANEL * WIDTH), sums = buffer<float>(most * PANEL), a_block = buffer<float>(s.a_step == 1 ? 0 : most * s.steps);
+        auto scratch = buffer<float>(PANEL * WIDTH), sums = buffer<float>(most * PANEL);
+        auto a_block = buffer<float>(s.a_step == 1 ? 0 : most * s.steps);
 #pragma omp for schedule(static)
         for (long i = 0; i < panels; i++) pack_panel(s, b, i * PANEL, packed.get() + i * size, scratch.get());
 #pragma omp for schedule(dynamic)
@@ -46,7 +48,8 @@ void multiply(const Shape& s, const float* a, const float* b, float* c) {
             }
             for (long i = 0; i < panels; i++) {
                 const long wide = smaller(PANEL, s.columns - i * PANEL);
-                product(rows, (wide + WIDTH - 1) / WIDTH, s.steps, from, a_row, a_step, packed.get() + i * size, PANEL, sums.get(), PANEL, false);
+                product(rows, (wide + WIDTH - 1) / WIDTH, s.steps, from, a_row, a_step, packed.get() + i * size, PANEL, sums.get(),
+                        PANEL, false);
                 for (long r = 0; r < rows; r++) store_row(c + (r0 + r) * s.columns + i * PANEL, sums.get() + r * PANEL, 1, wide);
             }
         }

@@ -84,53 +84,69 @@ template <class F, class T> struct Job {
         return true;
     }
 
+    // What a thread works in: some blocks of tokens, and `rows` of the vocabulary.
+    struct Room {
+        const long rows;
+        Buffer<F> turned, scratch, weight_rows, weight_steps, numerators;
+        Buffer<float> logits;
+        Room(long rows, long tokens, long wide, long columns)
+            : rows(rows), turned(buffer<F>(tokens * wide / P)), scratch(buffer<F>(TOKENS * wide / P)),
+              weight_rows(buffer<F>(rows * wide / P)), weight_steps(buffer<F>(rows * columns / P)),
+              numerators(buffer<F>(rows * TOKENS / P)), logits(buffer<float>(rows * TOKENS)) {}
+    };
+
     // Blocks of tokens in parallel, each over the whole vocabulary. Largest only: shifts become the largest logits, no more.
     template <bool LARGEST_ONLY> void over_tokens() {
-        const long wide = even_wide(), rows = rows_at_once(), blocks = padded() / TOKENS;
-        // Several blocks together share what is packed of the weights; no more than leave all threads the same.
+        const long rows = rows_at_once(), blocks = padded() / TOKENS;
+        // Several blocks share what is packed of the weights, but no more than leave all threads the same.
         const long together = smaller(6, (blocks + s.threads - 1) / s.threads), tasks = (blocks + together - 1) / together;
 #pragma omp parallel num_threads(s.threads)
         {
-            auto turned = buffer<F>(together * TOKENS * wide / P), scratch = buffer<F>(TOKENS * wide / P);
-            auto weight_rows = buffer<F>(rows * wide / P), weight_steps = buffer<F>(rows * panels() * PANEL / P);
-            auto logits = buffer<float>(rows * TOKENS);
-            auto numerators = buffer<F>(rows * TOKENS / P);
+            const Room room(rows, together * TOKENS, even_wide(), panels() * PANEL);
 #pragma omp for schedule(dynamic)
             for (long task = 0; task < tasks; task++) {
                 const long begin = task * together, end = smaller(begin + together, blocks);
-                for (long b = begin; b < end; b++) {
-                    pack_turned(turned.get() + (b - begin) * TOKENS * wide / P, scratch.get(), hiddens(b * TOKENS), TOKENS, wide);
-                    for (long n = b * TOKENS; n < (b + 1) * TOKENS; n++) {
-                        if (LARGEST_ONLY) shift[n] = -INFINITY;
-                        else total[n] = 0;
-                    }
-                    if (grad_hidden && !LARGEST_ONLY)
-                        std::memset(others.get() + b * TOKENS * panels() * PANEL, 0, TOKENS * panels() * PANEL * sizeof(float));
-                }
+                for (long b = begin; b < end; b++) begin_block<LARGEST_ONLY>(room, b, b - begin);
                 for (long v0 = 0; v0 < s.vocab; v0 += rows) {
                     const long now = smaller(rows, s.vocab - v0);
-                    pack_rows(weight_rows.get(), weights(v0), now, wide);
-                    if (grad_hidden && !LARGEST_ONLY)
-                        for (long i = 0; i < panels(); i++)
-                            pack_steps(weight_steps.get() + i * rows * PANEL / P, weights(v0).columns(i * PANEL, PANEL), up(now, 2), PANEL);
-                    for (long b = begin; b < end; b++) {
-                        product(now, TOKENS / WIDTH, wide / P, weight_rows.get(), wide / P, 1,
-                                turned.get() + (b - begin) * TOKENS * wide / P, TOKENS, logits.get(), TOKENS, false);
-                        if (LARGEST_ONLY) {
-                            for (long v = 0; v < now; v++)
-                                for (long n = b * TOKENS, c = 0; c < TOKENS; c += WIDTH)
-                                    store(&shift[n + c], larger(load(&shift[n + c]), load(logits.get() + v * TOKENS + c)));
-                            continue;
-                        }
-                        exponentials(b * TOKENS, v0, now, logits.get(), numerators.get());
-                        if (grad_hidden)
-                            for (long i = 0; i < panels(); i++)
-                                product(smaller(TOKENS, count - b * TOKENS), panel_vectors(i), up(now, 2) / P, numerators.get(), 1,
-                                        TOKENS, weight_steps.get() + i * rows * PANEL / P, PANEL, panel_of_others(b, i), PANEL, true);
-                    }
+                    pack_rows(room.weight_rows.get(), weights(v0), now, even_wide());
+                    for (long i = 0; grad_hidden && !LARGEST_ONLY && i < panels(); i++)
+                        pack_steps(weight_panel(room, i), weights(v0).columns(i * PANEL, PANEL), up(now, 2), PANEL);
+                    for (long b = begin; b < end; b++) over_logits<LARGEST_ONLY>(room, b, b - begin, v0, now);
                 }
             }
         }
+    }
+
+    F* turned_block(const Room& room, long place) const { return room.turned.get() + place * TOKENS * even_wide() / P; }
+    F* weight_panel(const Room& room, long i) const { return room.weight_steps.get() + i * room.rows * PANEL / P; }
+
+    // Block `b` of tokens, at `place` among those of a task: packed, and its sums begun.
+    template <bool LARGEST_ONLY> void begin_block(const Room& room, long b, long place) {
+        pack_turned(turned_block(room, place), room.scratch.get(), hiddens(b * TOKENS), TOKENS, even_wide());
+        for (long n = b * TOKENS; n < (b + 1) * TOKENS; n++) {
+            if (LARGEST_ONLY) shift[n] = -INFINITY;
+            else total[n] = 0;
+        }
+        if (grad_hidden && !LARGEST_ONLY) std::memset(panel_of_others(b, 0), 0, TOKENS * panels() * PANEL * sizeof(float));
+    }
+
+    // The logits of a block of tokens and of `now` rows of the vocabulary from v0 on, and all that is done with them in the cache.
+    template <bool LARGEST_ONLY> void over_logits(const Room& room, long b, long place, long v0, long now) {
+        const long wide = even_wide();
+        float* logits = room.logits.get();
+        product(now, TOKENS / WIDTH, wide / P, room.weight_rows.get(), wide / P, 1, turned_block(room, place), TOKENS, logits,
+                TOKENS, false);
+        if (LARGEST_ONLY) {
+            for (long v = 0; v < now; v++)
+                for (long n = b * TOKENS, c = 0; c < TOKENS; c += WIDTH)
+                    store(&shift[n + c], larger(load(&shift[n + c]), load(logits + v * TOKENS + c)));
+            return;
+        }
+        exponentials(b * TOKENS, v0, now, logits, room.numerators.get());
+        for (long i = 0; grad_hidden && i < panels(); i++)
+            product(smaller(TOKENS, count - b * TOKENS), panel_vectors(i), up(now, 2) / P, room.numerators.get(), 1, TOKENS,
+                    weight_panel(room, i), PANEL, panel_of_others(b, i), PANEL, true);
     }
 
     int panel_vectors(long i) const { return (smaller(PANEL, s.wide - i * PANEL) + WIDTH - 1) / WIDTH; }
@@ -212,7 +228,8 @@ template <class F, class T> struct Job {
 #pragma omp for schedule(static)
             for (long n = 0; n < padded(); n += TOKENS)
                 for (long i = 0; i < panels(); i++)
-                    pack_steps(scaled.get() + (i * steps + n / P) * PANEL, hiddens(n).columns(i * PANEL, PANEL), TOKENS, PANEL, &scale[n]);
+                    pack_steps(scaled.get() + (i * steps + n / P) * PANEL, hiddens(n).columns(i * PANEL, PANEL), TOKENS, PANEL,
+                               &scale[n]);
 #pragma omp for schedule(dynamic)
             for (long v0 = 0; v0 < s.vocab; v0 += rows) {
                 const long now = smaller(rows, s.vocab - v0);

@@ -69,7 +69,7 @@ inline float to_float(bf16 x) {
 
 inline vec larger(vec a, vec b) { return a > b ? a : b; }
 
-// x with the lanes of each group of 2 `apart` exchanged by halves: what a reduction over lanes is made of.
+// x with the halves of each group of 2 `apart` lanes exchanged: what a reduction over lanes is made of.
 inline vec exchanged(vec x, int apart) { return __builtin_shuffle(x, counted() ^ apart); }
 
 inline float sum(vec x) {
@@ -87,7 +87,8 @@ inline float largest(vec x) {
 // exp(x) to 2e-7; 0 below -87, where fp32 has no normal number left; infinity above 88.7; a NaN stays one.
 // 2^n e^f with f in [-ln 2 / 2, ln 2 / 2]; the polynomial's coefficients are Cephes' (expf.c, S. Moshier).
 inline vec exp_of(vec x) {
-    const vec lowest = splat(-87.0f), highest = splat(89.0f), round = splat(12582912.0f);  // 1.5 * 2^23: adding it leaves the integer in the low bits
+    const vec lowest = splat(-87.0f), highest = splat(89.0f);
+    const vec round = splat(12582912.0f);  // 1.5 * 2^23: a number added to it is rounded to an integer
     const vec above = x < lowest ? lowest : x, clamped = above > highest ? highest : above;
     const vec n = clamped * 1.44269504f + round - round;
     const vec f = (clamped - n * 0.693359375f) - n * -2.12194440e-4f;

@@ -16,6 +16,9 @@ from megaspark.kernels import adamw as module
 from megaspark.kernels.adamw import Update, adamw, join, split
 
 FUSED_MULTIPLY_ADD = any(name in torch.backends.cpu.get_cpu_capability() for name in ("AVX2", "AVX512"))
+# Torch's square roots are MKL's, which on AMD's processors are off by a rounding here and there.
+_NUMBERS = torch.arange(1.0, 9999.0)
+EXACT_ROOTS = torch.equal(_NUMBERS.sqrt(), _NUMBERS.double().sqrt().float())
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -49,14 +52,14 @@ def run(count: int, grad_dtype: torch.dtype, steps: int, seed: int = 0, backend:
 def test_bits_of_torchs_adamw(count, grad_dtype, seed):
     """Any of the bugs above; over five steps with gradients from 1e-2 to 1e2."""
     for ours, torchs in run(count, grad_dtype, steps=5, seed=seed):
-        assert torch.equal(ours, torchs)
+        assert torch.equal(ours, torchs) if EXACT_ROOTS else torch.allclose(ours, torchs, rtol=8 * 2**-24, atol=1e-7)
 
 
 @pytest.mark.parametrize("grad_dtype", [torch.bfloat16, torch.float32])
 def test_triton_and_plain_torch_agree(grad_dtype):
-    """To the bit where torch has fused multiply-adds; else within a rounding or two a step."""
+    """To the bit where torch has fused multiply-adds and exact square roots; else within a rounding or two a step."""
     for ours, plain in zip(run(500, grad_dtype, 4), run(500, grad_dtype, 4, backend="reference"), strict=True):
-        if FUSED_MULTIPLY_ADD:
+        if FUSED_MULTIPLY_ADD and EXACT_ROOTS:
             assert torch.equal(ours[0], plain[0])
         assert torch.allclose(ours[0], plain[0], rtol=8 * 2**-24, atol=1e-7)
 
