@@ -27,9 +27,10 @@ void pack_panel(const Shape& s, const float* b, long c0, float* to, float* scrat
 
 void multiply(const Shape& s, const float* a, const float* b, float* c) {
     const long panels = (s.columns + PANEL - 1) / PANEL, size = up(s.steps, WIDTH) * PANEL;
-    const long turns = (s.rows + ROWS * s.threads - 1) / (ROWS * s.threads);  // of all threads, with as much for each
-    const long most = up((s.rows + turns * s.threads - 1) / (turns * s.threads), 24);  // 24: registers take 6, 8 or 12 rows
-    const long blocks = (s.rows + most - 1) / most;
+    const long blocks = (s.rows + ROWS * s.threads - 1) / (ROWS * s.threads) * s.threads;  // as many for each thread
+    // Registers take 6 rows at a time.
+    const auto first_row = [&](long block) { return block == blocks ? s.rows : block * s.rows / blocks / 6 * 6; };
+    const long most = s.rows / blocks + 12;
     auto packed = buffer<float>(panels * size);
 #pragma omp parallel num_threads(s.threads)
     {
@@ -39,7 +40,7 @@ void multiply(const Shape& s, const float* a, const float* b, float* c) {
         for (long i = 0; i < panels; i++) pack_panel(s, b, i * PANEL, packed.get() + i * size, scratch.get());
 #pragma omp for schedule(dynamic)
         for (long block = 0; block < blocks; block++) {
-            const long r0 = block * most, rows = smaller(most, s.rows - r0);
+            const long r0 = first_row(block), rows = first_row(block + 1) - r0;
             const float* from = a + r0 * s.a_row;
             long a_row = s.a_row, a_step = s.a_step;
             if (s.a_step != 1) {  // [step][row]

@@ -98,8 +98,9 @@ template <class F, class T> struct Job {
     // Blocks of tokens in parallel, each over the whole vocabulary. Largest only: shifts become the largest logits, no more.
     template <bool LARGEST_ONLY> void over_tokens() {
         const long rows = rows_at_once(), blocks = padded() / TOKENS;
-        // Several blocks share what is packed of the weights, but no more than leave all threads the same.
-        const long together = smaller(6, (blocks + s.threads - 1) / s.threads), tasks = (blocks + together - 1) / together;
+        // Up to 12 blocks share what is packed of the weights; as many in each task, since threads wait for the last one.
+        const long turns = (blocks + 12 * s.threads - 1) / (12 * s.threads), most = turns * s.threads;
+        const long together = (blocks + most - 1) / most, tasks = (blocks + together - 1) / together;
 #pragma omp parallel num_threads(s.threads)
         {
             const Room room(rows, together * TOKENS, even_wide(), panels() * PANEL);
