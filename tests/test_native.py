@@ -31,14 +31,14 @@ from megaspark.kernels.linear import linear, linear_reference
 from megaspark.kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
 
 # Planted bugs that these, test_attention.py and test_linear_cross_entropy.py caught, each alone. Attention: a key of the future
-# seen, a document's first key not; a block taken for wholly seen by its first or its last query alone; a block of keys left out, forward
-# and backward; heads paired by h % K; sums or outputs that keep an old shift; -inf - -inf; the softmax's sums without their shift;
-# delta left out; dK without its scale; the first sequence's documents for all; every second row of dS not stored. Layouts: a
-# row's neighbour twice; the last number of a row, or the end of an output's row, forgotten; a neighbour's scale. Products: the last
-# row of registers forgotten; later steps that overwrite; pairs the wrong way round. Rounding cut off. The head: exp without its
-# upper end; the label's numerator counted twice; an odd token lost; chunks that overwrite; an ignored token with a gradient; half
-# of z-loss; no second try after an overflow; the label's gradient not stored. What survived changes no result: the sums of rows
-# that are padding, 1e-38 in place of 0, a NaN of rare bits.
+# seen, a document's first key not; a block taken for wholly seen by its first or its last query alone; a block of keys left
+# out, forward and backward; heads paired by h % K; sums or outputs that keep an old shift; -inf - -inf; the softmax's sums
+# without their shift; delta left out; dK without its scale; the first sequence's documents for all; every second row of dS not
+# stored. Layouts: a row's neighbour twice; the last number of a row, or the end of an output's row, forgotten; a neighbour's
+# scale. Products: the last row of registers forgotten; later steps that overwrite; pairs the wrong way round. Rounding cut off.
+# The head: exp without its upper end; the label's numerator counted twice; an odd token lost; chunks that overwrite; an ignored
+# token with a gradient; half of z-loss; no second try after an overflow; the label's gradient not stored. What survived changes
+# no result: the sums of rows that are padding, 1e-38 in place of 0, a NaN of rare bits.
 DTYPES = [torch.float32, torch.bfloat16]
 HEADS = (partial(linear_cross_entropy, backend="native"), linear_cross_entropy_reference)
 # What -march=native may mean elsewhere: vectors of 16 numbers without products of bf16, of 8, and of 4.
