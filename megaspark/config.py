@@ -18,6 +18,7 @@ from megaspark.deepspeed_files import read_deepspeed_file
 from megaspark.errors import UserError
 from megaspark.flops import parameters
 from megaspark.kernels import native
+from megaspark.kernels.attention_native import MOST_FEATURES
 from megaspark.kernels.dispatch import INTERPRETED, backends
 from megaspark.layouts import Layout, Parallel, layout
 from megaspark.models import architecture
@@ -235,13 +236,23 @@ def open_datasets(path: str) -> dict[str, shards.TokenDataset]:
     return {name: shards.TokenDataset(folder) for name, folder in shards.datasets_in(path).items()}
 
 
+def _not_native(op: str, config: RunConfig[Any]) -> str | None:
+    """Why an op cannot be computed by its C++ in this run, or None if it can."""
+    if torch.cuda.is_available():
+        return "runs on CPUs, and there is a GPU here"
+    if not native.available():
+        return "needs a C++ compiler, and there is none here that works (on Debian: apt-get install g++)"
+    if op == "linear" and config.run.precision != "fp32":
+        return f"is for run.precision = fp32, not {config.run.precision}"
+    if op == "attention" and config.model.dim > MOST_FEATURES:
+        return f"takes heads of up to {MOST_FEATURES} features, not {config.model.dim}"
+    return None
+
+
 def _check_kernels(config: RunConfig[Any], layout: Layout) -> None:
     for op, backend in config.kernels.items():
-        if backend == "native" and not native.available():
-            raise UserError(
-                f"kernels.{op} = native needs a C++ compiler, and there is none here that works; apt-get install g++, or set "
-                f"kernels.{op}=auto"
-            )
+        if backend == "native" and (why := _not_native(op, config)):
+            raise UserError(f"kernels.{op} = native {why}; set kernels.{op}=auto")
     if not (torch.cuda.is_available() or INTERPRETED):
         for op, backend in config.kernels.items():
             if backend.startswith("triton"):

@@ -16,6 +16,7 @@ from megaspark.data_prep.dedup_jobs import DedupSettings
 from megaspark.data_prep.jobs import PrepSettings
 from megaspark.errors import UserError
 from megaspark.flops import parameters
+from megaspark.kernels import native
 from megaspark.kernels.dispatch import INTERPRETED
 from megaspark.models import ARCHITECTURES, architecture
 from megaspark.posttraining import PostTraining, check_arguments
@@ -208,6 +209,19 @@ def test_a_kernel_that_cannot_run_here(tiny_data, tmp_path):
     assert "kernels.attention = triton_fused" in message and "kernels.attention=auto" in message
     assert check(tiny_data, tmp_path, 1, "kernels.attention=sdpa").config.execution.backend("attention") == "sdpa"
     assert check(tiny_data, tmp_path, 1, "kernels.attention=sdpa").config.execution.backend("rope") == "auto"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="C++ is not asked for on a GPU")
+def test_native_kernels_that_cannot_run_here(tiny_data, tmp_path, monkeypatch):
+    """C++ asked for by name where it cannot be fails in the first step, on every process."""
+    fp32 = check(tiny_data, tmp_path, 1, "kernels.linear=native", "kernels.attention=native", "run.precision=fp32").config
+    assert fp32.execution.backend("linear") == "native"
+    message = refusal(tiny_data, tmp_path, 1, "kernels.linear=native", "run.precision=bf16")
+    assert "kernels.linear = native is for run.precision = fp32, not bf16; set kernels.linear=auto" in message
+    message = refusal(tiny_data, tmp_path, 1, "kernels.attention=native", "model.head_dim=258")
+    assert "takes heads of up to 256 features, not 258" in message
+    monkeypatch.setattr(native, "available", lambda: False)
+    assert "needs a C++ compiler" in refusal(tiny_data, tmp_path, 1, "kernels.attention=native")
 
 
 def test_fp8_is_bf16_with_linears_that_fit_it(tiny_data, tmp_path):

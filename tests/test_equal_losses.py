@@ -35,12 +35,15 @@ def worst(found: list[float], expected: list[float]) -> float:
 
 @pytest.mark.launch
 @pytest.mark.parametrize("precision", TOLERANCE)
-def test_all_kernels_on_and_off(precision: str, tiny_data: TinyData, tmp_path: Path) -> None:
+@pytest.mark.parametrize("where", ["interpreter", "C++"])
+def test_all_kernels_on_and_off(where: str, precision: str, tiny_data: TinyData, tmp_path: Path) -> None:
     """Each kernel right alone, and one of them called with the wrong strides, span or scale by the model."""
     common = ("run.steps=6", f"run.precision={precision}", "optim.z_loss=1e-3", "model.hidden=32", "model.ffn=48")
     off = [f"kernels.{op}=reference" for op in backends() if op != "adamw"]
     expected = losses(tiny_data, tmp_path, "plain", *common, *off)
-    found = losses(tiny_data, tmp_path, "kernels", *common, interpreted=True)
+    native = ["attention", "linear_cross_entropy", *(["linear"] if precision == "fp32" else [])] if where == "C++" else []
+    on = [f"kernels.{op}=native" for op in native]
+    found = losses(tiny_data, tmp_path, "kernels", *common, *on, interpreted=where == "interpreter")
     assert expected[-1] < expected[0] and found != expected, "the kernels did not run, or nothing was learned"
     assert worst(found, expected) <= TOLERANCE[precision]
 
