@@ -59,11 +59,17 @@ def test_compiled_blocks(tiny_data: TinyData, tmp_path: Path) -> None:
 @pytest.mark.launch
 @pytest.mark.parametrize("scaling", ["tensor", "row"])
 def test_fp8_follows_bf16(scaling: str, tiny_data: TinyData, tmp_path: Path) -> None:
-    """Gradients that drown in 8 bits: the loss goes down as bf16's at first, and then no more."""
-    common = (*FP8_WIDTHS, "run.steps=300", "run.save_every=0")
-    expected = losses(tiny_data, tmp_path, "bf16", *common, "run.precision=bf16")
-    found = losses(tiny_data, tmp_path, "fp8", *common, "run.precision=fp8", f"run.fp8_scaling={scaling}")
-    assert found != expected and expected[-1] < expected[0]
+    """Gradients that drown in 8 bits: the loss goes down as bf16's at first, and then no more.
+
+    The mean of three seeds: after 300 steps on so few tokens, two runs that round in other places are up to 1 % apart.
+    """
+    common = (*FP8_WIDTHS, "run.steps=300", "run.save_every=0", f"run.fp8_scaling={scaling}")
+    means = {}
+    for precision in ("bf16", "fp8"):
+        settings = (*common, f"run.precision={precision}")
+        runs = [losses(tiny_data, tmp_path, f"{precision}-{seed}", *settings, f"run.seed={seed}") for seed in (1, 2, 3)]
+        means[precision] = [sum(step) / len(step) for step in zip(*runs, strict=True)]
+    assert means["fp8"] != means["bf16"] and means["bf16"][-1] < means["bf16"][0]
     for start in range(0, 300, 50):
-        mean_fp8, mean_bf16 = (sum(run[start : start + 50]) / 50 for run in (found, expected))
-        assert abs(mean_fp8 / mean_bf16 - 1) <= 0.01, f"steps {start} to {start + 50}: {mean_fp8:.4f}, bf16 {mean_bf16:.4f}"
+        fp8, bf16 = (sum(means[precision][start : start + 50]) / 50 for precision in ("fp8", "bf16"))
+        assert abs(fp8 / bf16 - 1) <= 0.01, f"steps {start} to {start + 50}: {fp8:.4f}, bf16 {bf16:.4f}"
