@@ -26,6 +26,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from megaspark.kernels import native
 from megaspark.kernels.cases import Case, Inputs
 from megaspark.kernels.dispatch import INTERPRETED, kernel, launcher, only_shapes, row_tiles
 
@@ -146,7 +147,9 @@ def _product(a: Quantized, b: Quantized, backend: str, fast: bool) -> Tensor:
         return torch._scaled_mm(
             a.values_MK, b.values_MK.t(), a_scale, b_scale, out_dtype=torch.bfloat16, use_fast_accum=fast
         )  # fmt: skip
-    out_MN = a.values_MK.bfloat16() @ b.values_MK.bfloat16().t()
+    # Both hold every fp8 number; a CPU that has no products of bf16 is tens of times faster in fp32.
+    dtype = torch.float32 if a.values_MK.device.type == "cpu" and not native.has_bf16() else torch.bfloat16
+    out_MN = (a.values_MK.to(dtype) @ b.values_MK.to(dtype).t()).bfloat16()
     return out_MN.mul_(a.scale.bfloat16()[:, None]).mul_(b.scale.bfloat16())  # powers of two: exact
 
 

@@ -242,8 +242,6 @@ def _not_native(op: str, config: RunConfig[Any]) -> str | None:
         return "runs on CPUs, and there is a GPU here"
     if not native.available():
         return "needs a C++ compiler, and there is none here that works (on Debian: apt-get install g++)"
-    if op == "linear" and config.run.precision != "fp32":
-        return f"is for run.precision = fp32, not {config.run.precision}"
     if op == "attention" and config.model.dim > MOST_FEATURES:
         return f"takes heads of up to {MOST_FEATURES} features, not {config.model.dim}"
     return None

@@ -214,10 +214,9 @@ def test_a_kernel_that_cannot_run_here(tiny_data, tmp_path):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="C++ is not asked for on a GPU")
 def test_native_kernels_that_cannot_run_here(tiny_data, tmp_path, monkeypatch):
     """C++ asked for by name where it cannot be fails in the first step, on every process."""
-    fp32 = check(tiny_data, tmp_path, 1, "kernels.linear=native", "kernels.attention=native", "run.precision=fp32").config
-    assert fp32.execution.backend("linear") == "native"
-    message = refusal(tiny_data, tmp_path, 1, "kernels.linear=native", "run.precision=bf16")
-    assert "kernels.linear = native is for run.precision = fp32, not bf16; set kernels.linear=auto" in message
+    for precision in ("fp32", "bf16"):
+        backends = ("kernels.linear=native", "kernels.attention=native", f"run.precision={precision}")
+        assert check(tiny_data, tmp_path, 1, *backends).config.execution.backend("linear") == "native"
     message = refusal(tiny_data, tmp_path, 1, "kernels.attention=native", "model.head_dim=258")
     assert "takes heads of up to 256 features, not 258" in message
     monkeypatch.setattr(native, "available", lambda: False)

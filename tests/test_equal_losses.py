@@ -61,13 +61,13 @@ def test_compiled_blocks(tiny_data: TinyData, tmp_path: Path) -> None:
 def test_fp8_follows_bf16(scaling: str, tiny_data: TinyData, tmp_path: Path) -> None:
     """Gradients that drown in 8 bits: the loss goes down as bf16's at first, and then no more.
 
-    The mean of three seeds: after 300 steps on so few tokens, two runs that round in other places are up to 1 % apart.
+    The mean of eight seeds: after 300 steps on so few tokens, two runs that round in other places are up to 1 % apart.
     """
     common = (*FP8_WIDTHS, "run.steps=300", "run.save_every=0", f"run.fp8_scaling={scaling}")
     means = {}
     for precision in ("bf16", "fp8"):
         settings = (*common, f"run.precision={precision}")
-        runs = [losses(tiny_data, tmp_path, f"{precision}-{seed}", *settings, f"run.seed={seed}") for seed in (1, 2, 3)]
+        runs = [losses(tiny_data, tmp_path, f"{precision}-{seed}", *settings, f"run.seed={seed}") for seed in range(1, 9)]
         means[precision] = [sum(step) / len(step) for step in zip(*runs, strict=True)]
     assert means["fp8"] != means["bf16"] and means["bf16"][-1] < means["bf16"][0]
     for start in range(0, 300, 50):

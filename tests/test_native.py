@@ -159,8 +159,9 @@ def test_head_and_linear_are_the_same_bits_for_any_threads():
         torch.set_num_threads(threads)
         try:
             leaves = [x.detach().requires_grad_(), weight.detach().requires_grad_()]
-            loss = linear_cross_entropy(*leaves, labels, backend="native") + linear(*leaves, backend="native").square().mean()
-            return [loss.detach(), *torch.autograd.grad(loss, leaves)]
+            outputs = [linear_cross_entropy(*leaves, labels, backend="native"), linear(*leaves, backend="native")]
+            gradients = [torch.autograd.grad(out, leaves, torch.cos(out.detach())) for out in outputs]
+            return [*(out.detach() for out in outputs), *(x for pair in gradients for x in pair)]
         finally:
             torch.set_num_threads(before)
 
@@ -213,10 +214,11 @@ def test_head_where_the_label_is_far_below(compiled_for):
 
 
 @pytest.mark.parametrize("tokens, wide, out", [(1, 1, 1), (5, 7, 9), (241, 65, 97), (130, 520, 64), (500, 16, 241)])
-def test_linear_at_the_edges_of_blocks(compiled_for, tokens, wide, out):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_linear_at_the_edges_of_blocks(compiled_for, tokens, wide, out, dtype):
     """Rows, columns and steps beyond the last whole block; a copy of a transposed factor that is another's."""
     inputs = {"x_E": normal(tokens, wide, seed=1), "weight_FE": normal(out, wide, seed=2)}
-    check(partial(linear, backend="native"), linear_reference, torch.float32, **inputs)
+    check(partial(linear, backend="native"), linear_reference, dtype, **inputs)
 
 
 def test_linear_takes_what_lies_anyhow():
@@ -229,14 +231,29 @@ def test_linear_takes_what_lies_anyhow():
 
 
 def test_linear_chooses(monkeypatch):
-    """A layout of the weight for one token; bf16 in fp32; a processor whose own library is better."""
-    for amd in (True, False):
-        monkeypatch.setattr(native, "on_amd", lambda amd=amd: amd)
-        for shape, dtype, name in [((2, 64, 8), torch.float32, "native"), ((127, 8), torch.float32, "reference"),
-                                   ((128, 8), torch.bfloat16, "reference")]:  # fmt: skip
-            assert linear_module._auto(torch.empty(shape, dtype=dtype), torch.empty(8, 8)) == (name if amd else "reference")
-    with pytest.raises(ValueError, match="'native' has fp32 on CPUs"):
+    """A layout of the weight for one token; a processor whose own library is better."""
+    few, many, some = (127, 8), (2, 64, 8), (7, 8)
+    for slow in (True, False):
+        monkeypatch.setattr(native, "mkl_is_slow", lambda slow=slow: slow)
+        monkeypatch.setattr(native, "has_bf16", lambda slow=slow: not slow)
+        for shape, dtype, ours in [(many, torch.float32, True), (few, torch.float32, False), (few, torch.bfloat16, True),
+                                   (some, torch.bfloat16, False), (many, torch.float64, False)]:  # fmt: skip
+            name = "native" if ours and slow else "reference"
+            assert linear_module._auto(torch.empty(shape, dtype=dtype), torch.empty(8, 8, dtype=dtype)) == name
+    with pytest.raises(ValueError, match="'native' has fp32 and bf16 on CPUs"):
         linear(torch.zeros(2, 4).bfloat16(), torch.zeros(3, 4), backend="native")
+
+
+@pytest.mark.parametrize(
+    "flags, bf16, slow",
+    [("fma avx2", False, False), ("avx512f", False, True), ("avx512f avx512_bf16", True, True), ("amx_bf16", True, False)],
+)
+def test_processors_tell_what_they_have(monkeypatch, flags, bf16, slow):
+    """A flag that is a part of another's name; Intel's taken for AMD's."""
+    monkeypatch.setattr(native, "_cpu", lambda: f"flags\t\t: {flags}\nvendor_id\t: AuthenticAMD")
+    assert (native.has_bf16(), native.mkl_is_slow()) == (bf16, slow)
+    monkeypatch.setattr(native, "_cpu", lambda: f"flags\t\t: {flags}\nvendor_id\t: GenuineIntel")
+    assert (native.has_bf16(), native.mkl_is_slow()) == (bf16, False)
 
 
 def test_custom_ops_compile_whole():

@@ -76,3 +76,11 @@ template <class F, class T> void pack_turned(F* to, F* scratch, const Matrix<T>&
         for (long n = 0; n < rows; n++)
             for (long i = c; i < c + WIDTH && i < steps; i++) to[i * rows + n] = scratch[n * steps + i];
 }
+
+// [tile][row][number of a tile], `tile` numbers each, at most a vector: to be summed over rows. Tiles lie `size` apart, at least a vector more than
+// their numbers need.
+template <class F, class T> void pack_tiles(F* to, const Matrix<T>& m, long dim, long tile, long size) {
+    for (long n = 0; n < m.present; n += 2)
+        for (long c = 0; c < dim; c += tile)
+            put_rows(to + c / tile * size + n / IN_FACTOR<F> * tile, tile, piece(m.row(n), c, m.dim), piece(m.row(n + 1), c, m.dim));
+}

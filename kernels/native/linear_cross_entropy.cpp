@@ -40,7 +40,7 @@ template <class F, class T> struct Job {
     long panels() const { return (s.wide + PANEL - 1) / PANEL; }
     long padded() const { return up(count, TOKENS); }
     F* kept_from(long v) const { return kept + v * s.kept_row / P; }
-    long rows_at_once() const { return even_wide() * (long)sizeof(T) <= 1536 ? 240 : 120; }
+    long rows_at_once() const { return WIDTH < 16 ? 144 : even_wide() * (long)sizeof(T) <= 1536 ? 240 : 120; }
     long label(long n) const { return labels[first + n] == s.ignore_index ? 0 : (long)labels[first + n]; }
     Matrix<T> weights(long v) const { return Matrix<T>{weight, s.wide, s.vocab, s.wide}.from(v); }
     Matrix<T> hiddens(long n) const { return {hidden + (first + n) * s.wide, s.wide, count - n, s.wide}; }
@@ -219,13 +219,20 @@ template <class F, class T> struct Job {
         else ((T*)kept_from(v))[n] = number[0];
     }
 
+    void add_weight_gradient(long v, const float* sums) {
+        if (!s.weight_gradient_is_fp32) return store_row((T*)grad_weight + v * s.wide, sums, 1, s.wide);
+        float* to = (float*)grad_weight + v * s.wide;
+        if (first == 0) return store_row(to, sums, 1, s.wide);
+        for (long c = 0; c < s.wide; c++) to[c] += sums[c];
+    }
+
     // The weights' gradient: blocks of the vocabulary in parallel, each over all tokens.
     void over_vocab() {
         const long rows = rows_at_once(), columns = panels() * PANEL, steps = padded() / P, used = up(count, 2) / P;
         auto scaled = buffer<F>(columns * steps);
 #pragma omp parallel num_threads(s.threads)
         {
-            auto sums = buffer<float>(rows * PANEL);
+            auto sums = buffer<float>(rows * columns);
 #pragma omp for schedule(static)
             for (long n = 0; n < padded(); n += TOKENS)
                 for (long i = 0; i < panels(); i++)
@@ -234,16 +241,11 @@ template <class F, class T> struct Job {
 #pragma omp for schedule(dynamic)
             for (long v0 = 0; v0 < s.vocab; v0 += rows) {
                 const long now = smaller(rows, s.vocab - v0);
-                for (long i = 0; i < panels(); i++) {
-                    product(now, panel_vectors(i), used, kept_from(v0), s.kept_row / P, 1, scaled.get() + i * steps * PANEL, PANEL,
-                            sums.get(), PANEL, false);
-                    for (long v = 0; v < now; v++) {
-                        const long place = (v0 + v) * s.wide + i * PANEL, wide = smaller(PANEL, s.wide - i * PANEL);
-                        if (!s.weight_gradient_is_fp32) store_row((T*)grad_weight + place, sums.get() + v * PANEL, 1, wide);
-                        else if (first == 0) store_row((float*)grad_weight + place, sums.get() + v * PANEL, 1, wide);
-                        else for (long c = 0; c < wide; c++) ((float*)grad_weight)[place + c] += sums[v * PANEL + c];
-                    }
-                }
+                for (long n = 0; n < used; n += MOST_STEPS)
+                    for (long i = 0; i < panels(); i++)
+                        product(now, panel_vectors(i), smaller(MOST_STEPS, used - n), kept_from(v0) + n, s.kept_row / P, 1,
+                                scaled.get() + (i * steps + n) * PANEL, PANEL, sums.get() + i * PANEL, columns, n > 0);
+                for (long v = 0; v < now; v++) add_weight_gradient(v0 + v, sums.get() + v * columns);
             }
         }
     }

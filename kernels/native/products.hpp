@@ -12,7 +12,16 @@ struct pair {  // of bf16, the one with the lower index in the lower bits
 template <class Factor> constexpr int IN_FACTOR = 1;
 template <> inline constexpr int IN_FACTOR<pair> = 2;
 
-inline void add_multiplied(vec& total, vec a, vec b) { total += a * b; }
+// Fused wherever the CPU can: GCC, left to choose, fuses on AMD's in some tiles and not in others, whose sums then differ.
+inline void add_multiplied(vec& total, vec a, vec b) {
+#if defined(__AVX512F__)
+    total = (vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)total);
+#elif defined(__FMA__)
+    total = (vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)total);
+#else
+    total += a * b;
+#endif
+}
 inline vec broadcast(const float* a) { return splat(*a); }
 inline vec factors(const float* b) { return load(b); }
 
@@ -45,7 +54,10 @@ inline void tile(const Factor* a, ptrdiff_t a_row, ptrdiff_t a_step, const Facto
 #pragma GCC unroll 16
     for (int r = 0; r < ROWS; r++)
 #pragma GCC unroll 4
-        for (int v = 0; v < VECTORS; v++) total[r][v] = vec{};
+        for (int v = 0; v < VECTORS; v++) {
+            total[r][v] = vec{};
+            __builtin_prefetch(c + r * c_row + v * WIDTH, 1);
+        }
     for (int k = 0; k < steps; k++, a += a_step, b += b_step) {
         decltype(factors(b)) row[VECTORS];
 #pragma GCC unroll 4

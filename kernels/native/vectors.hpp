@@ -1,13 +1,13 @@
 // Vectors of fp32 as wide as the CPU has them, bf16 beside them, and exp: the alphabet of the CPU kernels.
 //
-// GCC's vector extensions, so that one text serves AVX-512, AVX2 and SSE (NEON is untried); intrinsics only for bf16 products.
+// GCC's vector extensions, so that one text serves AVX-512, AVX2 and SSE (NEON is untried); intrinsics only for what is multiplied and added at once.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
 
-#if defined(__AVX512BF16__)
+#if defined(__AVX512F__) || defined(__FMA__)
 #include <immintrin.h>
 #endif
 
