@@ -77,8 +77,8 @@ template <class F, class T> void pack_turned(F* to, F* scratch, const Matrix<T>&
             for (long i = c; i < c + WIDTH && i < steps; i++) to[i * rows + n] = scratch[n * steps + i];
 }
 
-// [tile][row][number of a tile], `tile` numbers each, at most a vector: to be summed over rows. Tiles lie `size` apart, at least a vector more than
-// their numbers need.
+// [tile][row][number of a tile], `tile` numbers each, at most a vector: to be summed over rows. Tiles lie `size` apart, at least a
+// vector more than their numbers need, since each row is stored as a whole vector that the next one overwrites in part.
 template <class F, class T> void pack_tiles(F* to, const Matrix<T>& m, long dim, long tile, long size) {
     for (long n = 0; n < m.present; n += 2)
         for (long c = 0; c < dim; c += tile)

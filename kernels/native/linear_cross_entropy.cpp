@@ -40,6 +40,7 @@ template <class F, class T> struct Job {
     long panels() const { return (s.wide + PANEL - 1) / PANEL; }
     long padded() const { return up(count, TOKENS); }
     F* kept_from(long v) const { return kept + v * s.kept_row / P; }
+    // Of the vocabulary, as measured (docs/LOG.md): what is packed of them has to stay in a cache.
     long rows_at_once() const { return WIDTH < 16 ? 144 : even_wide() * (long)sizeof(T) <= 1536 ? 240 : 120; }
     long label(long n) const { return labels[first + n] == s.ignore_index ? 0 : (long)labels[first + n]; }
     Matrix<T> weights(long v) const { return Matrix<T>{weight, s.wide, s.vocab, s.wide}.from(v); }

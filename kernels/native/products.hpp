@@ -56,6 +56,7 @@ inline void tile(const Factor* a, ptrdiff_t a_row, ptrdiff_t a_step, const Facto
 #pragma GCC unroll 4
         for (int v = 0; v < VECTORS; v++) {
             total[r][v] = vec{};
+            // It is read and written at the end, and seldom lies in the first cache.
             __builtin_prefetch(c + r * c_row + v * WIDTH, 1);
         }
     for (int k = 0; k < steps; k++, a += a_step, b += b_step) {
