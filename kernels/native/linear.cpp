@@ -1,7 +1,7 @@
 // A product of large matrices, c = a b, in blocks that caches hold, accumulated in fp32.
 //
-// b is laid out in panels of a few vectors' width. A part of the summed dimension at a time, a block of a's rows meets all panels: it
-// stays in the second cache, a panel's part in the first. fp32 rows of a are read where they lie if their steps are neighbours.
+// b is laid out in panels of a few vectors' width. A part of the summed dimension at a time, a block of a's rows meets all panels:
+// it stays in the second cache, a panel's part in the first. fp32 rows of a are read where they lie if their steps are neighbours.
 #include <type_traits>
 
 #include "layouts.hpp"
