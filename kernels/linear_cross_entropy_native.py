@@ -11,7 +11,6 @@ from torch import Tensor
 from megaspark.kernels import native
 
 TOKENS = 48  # a block in native/linear_cross_entropy.cpp
-GAP = 16  # numbers between the rows of what is kept, so that they do not all fall into the same sets of a cache
 
 
 def fits(hidden_NE: Tensor) -> bool:
@@ -34,12 +33,9 @@ def forward_native(
     if wrong.numel():
         raise RuntimeError(f"index {int(wrong[0])} is out of bounds for a vocabulary of {len(weight_VE)}")
     rounded = -(-chunk // TOKENS) * TOKENS
-    row = rounded + GAP
-    number = hidden_NE.dtype if native.library().linear_cross_entropy_keeps_bf16() else torch.float32
-    kept = torch.empty(len(weight_VE) * row if grad_weight_VE is not None else 0, dtype=number)
     in_fp32 = grad_weight_VE is not None and grad_weight_VE.dtype == torch.float32
-    numbers = [*hidden_NE.shape[:1], *weight_VE.shape, rounded, row, ignore_index, in_fp32, torch.get_num_threads()]
+    numbers = [*hidden_NE.shape[:1], *weight_VE.shape, rounded, ignore_index, in_fp32, torch.get_num_threads()]
     native.call(
         "linear_cross_entropy", hidden_NE.dtype, numbers, hidden_NE.contiguous(), weight_VE.contiguous(), labels_N, z_loss,
-        losses_N, grad_hidden_NE, grad_weight_VE, kept,
+        losses_N, grad_hidden_NE, grad_weight_VE,
     )  # fmt: skip

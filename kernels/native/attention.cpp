@@ -79,18 +79,18 @@ void soften(const Head& head, const Shape& s, float scale, long m0, long n0, int
 
 // scores [rows][BLOCK] = x y^T, x by rows and y turned.
 template <class F> void multiply(int rows, long wide, const F* x, const F* y_turned, float* scores) {
-    product(rows, BLOCK / WIDTH, wide / IN_FACTOR<F>, x, wide / IN_FACTOR<F>, 1, y_turned, BLOCK, scores, BLOCK, false);
+    product(rows, BLOCK / WIDTH, wide / IN_FACTOR<F>, x, {wide / IN_FACTOR<F>, 1}, y_turned, BLOCK, scores, BLOCK, false);
 }
 
 // out [rows][wide] += weights y, weights [rows][BLOCK] by rows and y by steps.
 template <class F> void add(int rows, long wide, const F* weights, const F* y_steps, float* out) {
     constexpr int P = IN_FACTOR<F>;
-    product(rows, wide / WIDTH, BLOCK / P, weights, BLOCK / P, 1, y_steps, wide, out, wide, true);
+    product(rows, wide / WIDTH, BLOCK / P, weights, {BLOCK / P, 1}, y_steps, wide, out, wide, true);
 }
 
 // out [BLOCK][wide] += weights^T y, both by steps.
 template <class F> void add_turned(long wide, const F* weights, const F* y_steps, float* out) {
-    product(BLOCK, wide / WIDTH, BLOCK / IN_FACTOR<F>, weights, 1, BLOCK, y_steps, wide, out, wide, true);
+    product(BLOCK, wide / WIDTH, BLOCK / IN_FACTOR<F>, weights, {1, BLOCK}, y_steps, wide, out, wide, true);
 }
 
 template <class F, class T>
@@ -109,7 +109,7 @@ void forward(const Shape& s, const T* q, const T* k, const T* v, const int32_t* 
             const auto q_h = matrix(q, s.q, s, head.b, head.h);
             const auto k_h = matrix(k, s.k, s, head.b, head.kv), v_h = matrix(v, s.v, s, head.b, head.kv);
             for (long j = 0; j < blocks; j++) {
-                pack_turned(k_turned.get() + j * size, q_rows.get(), k_h.from(j * BLOCK), BLOCK, wide);
+                pack_turned(k_turned.get() + j * size, k_h.from(j * BLOCK), BLOCK, BLOCK, wide);
                 pack_steps(v_steps.get() + j * size, v_h.from(j * BLOCK), BLOCK, wide);
             }
             for (long m0 = 0; m0 < s.seq; m0 += BLOCK) {
@@ -159,7 +159,7 @@ template <class F> struct Room {
     static constexpr int P = IN_FACTOR<F>, SQUARE = BLOCK * BLOCK;
     const long wide, size, all;  // numbers of a row; factors of a block, of a head
     Buffer<F> q_rows = buffer<F>(all), dout_rows = buffer<F>(all), k_turned = buffer<F>(size), v_turned = buffer<F>(size);
-    Buffer<F> k_steps = buffer<F>(size), scratch = buffer<F>(size), q_steps_own = buffer<F>(P > 1 ? all : 0);
+    Buffer<F> k_steps = buffer<F>(size), q_steps_own = buffer<F>(P > 1 ? all : 0);
     Buffer<F> dout_steps_own = buffer<F>(P > 1 ? all : 0);
     Buffer<F> weights = buffer<F>(SQUARE / P), ds_by_queries = buffer<F>(SQUARE / P), ds_by_keys_own = buffer<F>(SQUARE / P);
     Buffer<float> scores = buffer<float>(SQUARE), grads = buffer<float>(SQUARE), dk = buffer<float>(BLOCK * wide);
@@ -211,8 +211,8 @@ void backward(const Shape& s, const T* dout, const T* q, const T* k, const T* v,
             enter(room, matrix(q, s.q, s, head.b, head.h), matrix(dout, s.dout, s, head.b, head.h),
                   matrix(o, packed, s, head.b, head.h), lse + (head.b * s.heads + head.h) * s.seq);
             for (long n0 = 0; n0 < s.seq; n0 += BLOCK) {
-                pack_turned(room.k_turned.get(), room.scratch.get(), k_h.from(n0), BLOCK, wide);
-                pack_turned(room.v_turned.get(), room.scratch.get(), v_h.from(n0), BLOCK, wide);
+                pack_turned(room.k_turned.get(), k_h.from(n0), BLOCK, BLOCK, wide);
+                pack_turned(room.v_turned.get(), v_h.from(n0), BLOCK, BLOCK, wide);
                 pack_steps(room.k_steps.get(), k_h.from(n0), BLOCK, wide);
                 for (float* sums : {room.dk.get(), room.dv.get()}) std::memset(sums, 0, BLOCK * wide * sizeof(float));
                 for (long m0 = n0; m0 < s.seq && head.first(m0) < n0 + BLOCK; m0 += BLOCK) {

@@ -68,19 +68,54 @@ template <class F, class T> void pack_steps(F* to, const Matrix<T>& m, long rows
         }
 }
 
-// [number][row]: to be summed over numbers. `scratch` holds rows x wide numbers as factors.
-template <class F, class T> void pack_turned(F* to, F* scratch, const Matrix<T>& m, long rows, long wide) {
-    pack_rows(scratch, m, rows, wide);
-    const long steps = wide / IN_FACTOR<F>;
-    for (long c = 0; c < steps; c += WIDTH)
-        for (long n = 0; n < rows; n++)
-            for (long i = c; i < c + WIDTH && i < steps; i++) to[i * rows + n] = scratch[n * steps + i];
+// x[r][c] becomes x[c][r].
+inline void turn(vec (&x)[WIDTH]) {
+#pragma GCC unroll 4
+    for (int apart = WIDTH / 2; apart > 0; apart /= 2) {
+        const ivec odd = (counted() & apart) != 0, upper = counted() + (odd & (WIDTH - apart)), lower = upper + apart;
+#pragma GCC unroll 16
+        for (int r = 0; r < WIDTH; r++) {
+            if (r & apart) continue;
+            const vec a = x[r], b = x[r + apart];
+            x[r] = __builtin_shuffle(a, b, upper), x[r + apart] = __builtin_shuffle(a, b, lower);
+        }
+    }
 }
 
-// [tile][row][number of a tile], `tile` numbers each, at most a vector: to be summed over rows. Tiles lie `size` apart, at least a
-// vector more than their numbers need, since each row is stored as a whole vector that the next one overwrites in part.
-template <class F, class T> void pack_tiles(F* to, const Matrix<T>& m, long dim, long tile, long size) {
-    for (long n = 0; n < m.present; n += 2)
-        for (long c = 0; c < dim; c += tile)
-            put_rows(to + c / tile * size + n / IN_FACTOR<F> * tile, tile, piece(m.row(n), c, m.dim), piece(m.row(n + 1), c, m.dim));
+// A vector of factors, the first of which has number `c` of a row.
+template <class F, class T> inline vec factors_from(const T* row, long c, long dim) {
+    if constexpr (IN_FACTOR<F> == 1) return piece(row, c, dim);
+    F out[WIDTH];
+    for (int i = 0; i < IN_FACTOR<F>; i++) put(out + i * WIDTH / IN_FACTOR<F>, piece(row, c + i * WIDTH, dim));
+    return load_as<vec>(out);
 }
+
+// [number][row], `apart` factors from one number to the next: to be summed over numbers.
+// If rows are no whole vectors, what is stored beyond a number's last row is overwritten by the next number, or is padding.
+template <class F, class T> void pack_turned(F* to, const Matrix<T>& m, long rows, long apart, long wide) {
+    constexpr int P = IN_FACTOR<F>;
+    for (long n = 0; n < rows; n += WIDTH)
+        for (long k = 0; k < wide / P; k += WIDTH) {
+            vec x[WIDTH];
+            for (long r = 0; r < WIDTH; r++) x[r] = n + r < rows ? factors_from<F>(m.row(n + r), k * P, m.dim) : vec{};
+            turn(x);
+            for (long i = 0; i < WIDTH && k + i < wide / P; i++) store_as(to + (k + i) * apart + n, x[i]);
+        }
+}
+
+// [tile][number][row of a tile], TILE rows each, `size` apart: to be summed over numbers.
+template <class F, class T> void pack_turned_tiles(F* to, const Matrix<T>& m, long rows, long wide, long size) {
+    for (long n = 0; n < rows; n += TILE) pack_turned(to + n / TILE * size, m.from(n), TILE, TILE, wide);
+}
+
+// [tile][row][number of a tile], TILE numbers each, `size` apart: to be summed over rows. Each row is stored as a whole vector,
+// which the next one overwrites in part: after the last there is padding.
+template <class F, class T> void pack_tiles(F* to, const Matrix<T>& m, long dim, long size) {
+    for (long n = 0; n < m.present; n += 2)
+        for (long c = 0; c < dim; c += TILE)
+            put_rows(to + c / TILE * size + n / IN_FACTOR<F> * TILE, TILE, piece(m.row(n), c, m.dim),
+                     piece(m.row(n + 1), c, m.dim));
+}
+
+// Factors of a packed tile of so many steps, padding included.
+template <class F> constexpr long tile_size(long steps) { return up(steps, 2) / IN_FACTOR<F> * TILE + WIDTH; }

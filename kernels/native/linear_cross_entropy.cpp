@@ -14,8 +14,7 @@ constexpr float LARGEST_TOTAL = 1e30f;  // of numerators, times a weight or a hi
 
 struct Shape {
     long tokens, vocab, wide;
-    long chunk;     // tokens that numerators are kept of at a time, a multiple of TOKENS
-    long kept_row;  // numbers from one row of them to the next
+    long chunk;  // tokens that numerators are kept of at a time, a multiple of TOKENS
     long ignore_index;
     long weight_gradient_is_fp32;  // else of the weights' dtype
     long threads;
@@ -30,7 +29,7 @@ template <class F, class T> struct Job {
     float* losses;
     T* grad_hidden;  // or null
     void* grad_weight;
-    F* kept;  // numerators [vocab][kept_row()]
+    Buffer<F> kept;  // numerators [tile of the vocabulary][token][row of the tile]
 
     // Of the tokens [first, first + count) that are gone over together.
     long first = 0, count = 0;
@@ -39,20 +38,22 @@ template <class F, class T> struct Job {
     long even_wide() const { return up(s.wide, WIDTH); }
     long panels() const { return (s.wide + PANEL - 1) / PANEL; }
     long padded() const { return up(count, TOKENS); }
-    F* kept_from(long v) const { return kept + v * s.kept_row / P; }
+    long kept_tile() const { return smaller(s.chunk, up(s.tokens, TOKENS)) / P * TILE; }
+    F* kept_from(long v, long n) const { return kept.get() + v / TILE * kept_tile() + n / P * TILE; }
     // Of the vocabulary, as measured (docs/LOG.md): what is packed of them has to stay in a cache.
-    long rows_at_once() const { return WIDTH < 16 ? 144 : even_wide() * (long)sizeof(T) <= 1536 ? 240 : 120; }
+    long rows_at_once() const { return WIDTH < 16 ? 96 : even_wide() * (long)sizeof(T) <= 1536 ? 240 : 120; }
     long label(long n) const { return labels[first + n] == s.ignore_index ? 0 : (long)labels[first + n]; }
     Matrix<T> weights(long v) const { return Matrix<T>{weight, s.wide, s.vocab, s.wide}.from(v); }
     Matrix<T> hiddens(long n) const { return {hidden + (first + n) * s.wide, s.wide, count - n, s.wide}; }
 
     Job(const Shape& s, const T* hidden, const T* weight, const int64_t* labels, float z_loss, float* losses, T* grad_hidden,
-        void* grad_weight, F* kept)
+        void* grad_weight)
         : s(s), hidden(hidden), weight(weight), labels(labels), z_loss(z_loss), losses(losses), grad_hidden(grad_hidden),
-          grad_weight(grad_weight), kept(kept) {
+          grad_weight(grad_weight) {
         const long most = up(smaller(s.chunk, s.tokens), TOKENS);
         for (auto* x : {&shift, &total, &scale, &at_label, &label_logit}) *x = buffer<float>(most);
-        if (grad_hidden) others = buffer<float>(most * panels() * PANEL);
+        if (grad_hidden) others = buffer<float>(most * s.wide);
+        if (grad_weight) kept = buffer<F>(up(s.vocab, TILE) / TILE * kept_tile());
     }
 
     void run() {
@@ -87,13 +88,14 @@ template <class F, class T> struct Job {
 
     // What a thread works in: some blocks of tokens, and `rows` of the vocabulary.
     struct Room {
-        const long rows;
-        Buffer<F> turned, scratch, weight_rows, weight_steps, numerators;
+        const long rows, logit_tile, gradient_tile;  // factors of a tile of weights, that is multiplied for logits, for gradients
+        Buffer<F> turned, weight_rows, weight_columns, numerators;
         Buffer<float> logits;
-        Room(long rows, long tokens, long wide, long columns)
-            : rows(rows), turned(buffer<F>(tokens * wide / P)), scratch(buffer<F>(TOKENS * wide / P)),
-              weight_rows(buffer<F>(rows * wide / P)), weight_steps(buffer<F>(rows * columns / P)),
-              numerators(buffer<F>(rows * TOKENS / P)), logits(buffer<float>(rows * TOKENS)) {}
+        Room(long rows, long tokens, long wide)
+            : rows(rows), logit_tile(tile_size<F>(wide)), gradient_tile(tile_size<F>(rows)), turned(buffer<F>(tokens * wide / P)),
+              weight_rows(buffer<F>(up(rows, TILE) / TILE * logit_tile)),
+              weight_columns(buffer<F>(up(wide, TILE) / TILE * gradient_tile)), numerators(buffer<F>(rows * TOKENS / P)),
+              logits(buffer<float>(rows * TOKENS)) {}
     };
 
     // Blocks of tokens in parallel, each over the whole vocabulary. Largest only: shifts become the largest logits, no more.
@@ -104,41 +106,43 @@ template <class F, class T> struct Job {
         const long together = (blocks + most - 1) / most, tasks = (blocks + together - 1) / together;
 #pragma omp parallel num_threads(s.threads)
         {
-            const Room room(rows, together * TOKENS, even_wide(), panels() * PANEL);
+            const Room room(rows, together * TOKENS, even_wide());
 #pragma omp for schedule(dynamic)
             for (long task = 0; task < tasks; task++) {
                 const long begin = task * together, end = smaller(begin + together, blocks);
                 for (long b = begin; b < end; b++) begin_block<LARGEST_ONLY>(room, b, b - begin);
                 for (long v0 = 0; v0 < s.vocab; v0 += rows) {
                     const long now = smaller(rows, s.vocab - v0);
-                    pack_rows(room.weight_rows.get(), weights(v0), now, even_wide());
-                    for (long i = 0; grad_hidden && !LARGEST_ONLY && i < panels(); i++)
-                        pack_steps(weight_panel(room, i), weights(v0).columns(i * PANEL, PANEL), up(now, 2), PANEL);
+                    pack_turned_tiles(room.weight_rows.get(), weights(v0), now, even_wide(), room.logit_tile);
+                    if (grad_hidden && !LARGEST_ONLY)
+                        pack_tiles(room.weight_columns.get(), Matrix<T>{weight + v0 * s.wide, s.wide, now, s.wide}, s.wide,
+                                   room.gradient_tile);
                     for (long b = begin; b < end; b++) over_logits<LARGEST_ONLY>(room, b, b - begin, v0, now);
                 }
+                passed_caches();
             }
         }
     }
 
     F* turned_block(const Room& room, long place) const { return room.turned.get() + place * TOKENS * even_wide() / P; }
-    F* weight_panel(const Room& room, long i) const { return room.weight_steps.get() + i * room.rows * PANEL / P; }
+    float* block_of_others(long b) { return others.get() + b * TOKENS * s.wide; }  // [number][token]
 
     // Block `b` of tokens, at `place` among those of a task: packed, and its sums begun.
     template <bool LARGEST_ONLY> void begin_block(const Room& room, long b, long place) {
-        pack_turned(turned_block(room, place), room.scratch.get(), hiddens(b * TOKENS), TOKENS, even_wide());
+        pack_turned(turned_block(room, place), hiddens(b * TOKENS), TOKENS, TOKENS, even_wide());
         for (long n = b * TOKENS; n < (b + 1) * TOKENS; n++) {
             if (LARGEST_ONLY) shift[n] = -INFINITY;
             else total[n] = 0;
         }
-        if (grad_hidden && !LARGEST_ONLY) std::memset(panel_of_others(b, 0), 0, TOKENS * panels() * PANEL * sizeof(float));
+        if (grad_hidden && !LARGEST_ONLY) std::memset(block_of_others(b), 0, TOKENS * s.wide * sizeof(float));
     }
 
     // The logits of a block of tokens and of `now` rows of the vocabulary from v0 on, and all that is done with them in the cache.
     template <bool LARGEST_ONLY> void over_logits(const Room& room, long b, long place, long v0, long now) {
         const long wide = even_wide();
         float* logits = room.logits.get();
-        product(now, TOKENS / WIDTH, wide / P, room.weight_rows.get(), wide / P, 1, turned_block(room, place), TOKENS, logits,
-                TOKENS, false);
+        product(now, TOKENS / WIDTH, wide / P, room.weight_rows.get(), {1, TILE, room.logit_tile}, turned_block(room, place),
+                TOKENS, logits, TOKENS, false);
         if (LARGEST_ONLY) {
             for (long v = 0; v < now; v++)
                 for (long n = b * TOKENS, c = 0; c < TOKENS; c += WIDTH)
@@ -146,13 +150,12 @@ template <class F, class T> struct Job {
             return;
         }
         exponentials(b * TOKENS, v0, now, logits, room.numerators.get());
-        for (long i = 0; grad_hidden && i < panels(); i++)
-            product(smaller(TOKENS, count - b * TOKENS), panel_vectors(i), up(now, 2) / P, room.numerators.get(), 1, TOKENS,
-                    weight_panel(room, i), PANEL, panel_of_others(b, i), PANEL, true);
+        if (grad_hidden)
+            product(s.wide, TOKENS / WIDTH, up(now, 2) / P, room.weight_columns.get(), {1, TILE, room.gradient_tile},
+                    room.numerators.get(), TOKENS, block_of_others(b), TOKENS, true);
     }
 
     int panel_vectors(long i) const { return (smaller(PANEL, s.wide - i * PANEL) + WIDTH - 1) / WIDTH; }
-    float* panel_of_others(long block, long i) { return others.get() + (block * panels() + i) * TOKENS * PANEL; }
 
     // Logits [rows][TOKENS] of the vocabulary from v0 on become numerators, summed, kept, and as factors without the labels' own.
     void exponentials(long n0, long v0, long rows, float* logits, F* numerators) {
@@ -161,21 +164,42 @@ template <class F, class T> struct Job {
             if (label(n) >= v0 && label(n) < v0 + rows) label_logit[n] = logits[(label(n) - v0) * TOKENS + n - n0];
         vec shifts[VECTORS], totals[VECTORS];
         for (int i = 0; i < VECTORS; i++) shifts[i] = load(&shift[n0 + i * WIDTH]), totals[i] = load(&total[n0 + i * WIDTH]);
-        for (long v = 0; v < rows; v += 2)
-            for (int i = 0; i < VECTORS; i++) {
-                const vec upper = exp_of(load(logits + v * TOKENS + i * WIDTH) - shifts[i]);
-                const vec lower = v + 1 < rows ? exp_of(load(logits + (v + 1) * TOKENS + i * WIDTH) - shifts[i]) : vec{};
-                totals[i] += upper + lower;
-                if (grad_hidden) put_rows(numerators + v / P * TOKENS + i * WIDTH, TOKENS, upper, lower);
-                if (grad_weight) {
-                    put(kept_from(v0 + v) + (n0 + i * WIDTH) / P, upper);
-                    if (v + 1 < rows) put(kept_from(v0 + v + 1) + (n0 + i * WIDTH) / P, lower);
+        F lines[TILE][LINE] = {};
+        for (long v = 0; v < rows; v += TILE) {
+            for (long r = 0; r < TILE && v + r < rows; r += 2)
+                for (int i = 0; i < VECTORS; i++) {
+                    const float* from = logits + (v + r) * TOKENS + i * WIDTH;
+                    const vec upper = exp_of(load(from) - shifts[i]);
+                    const vec lower = v + r + 1 < rows ? exp_of(load(from + TOKENS) - shifts[i]) : vec{};
+                    totals[i] += upper + lower;
+                    if (grad_hidden) put_rows(numerators + (v + r) / P * TOKENS + i * WIDTH, TOKENS, upper, lower);
+                    put(lines[r] + i * WIDTH / P, upper), put(lines[r + 1] + i * WIDTH / P, lower);
                 }
-            }
+            if (grad_weight) keep_tile(kept_from(v0 + v, n0), lines);
+        }
         for (int i = 0; i < VECTORS; i++) store(&total[n0 + i * WIDTH], totals[i]);
         if (grad_hidden)
             for (long n = n0; n < n0 + TOKENS && n < count; n++)
                 if (label(n) >= v0 && label(n) < v0 + rows) clear(numerators, label(n) - v0, n - n0);
+    }
+
+    static constexpr long LINE = up(TOKENS / P, WIDTH);  // factors of a row's numerators, and what makes them whole vectors
+
+    // A tile of rows, turned. Not to be read soon, they pass by the caches.
+    static void keep_tile(F* kept, const F (&lines)[TILE][LINE]) {
+        alignas(64) F turned[TOKENS / P * TILE + WIDTH];
+#pragma GCC unroll 8
+        for (long k = 0; k < TOKENS / P; k += WIDTH) {
+            vec x[WIDTH];
+#pragma GCC unroll 16
+            for (int r = 0; r < WIDTH; r++) x[r] = r < TILE ? load_as<vec>(lines[r] + k) : vec{};
+            turn(x);
+#pragma GCC unroll 16
+            for (long i = 0; i < WIDTH; i++)
+                if (k + i < TOKENS / P) store_as(turned + (k + i) * TILE, x[i]);  // the next one overwrites what is too much
+        }
+        static_assert(TOKENS / P * TILE % WIDTH == 0);
+        for (long i = 0; i < TOKENS / P * TILE; i += WIDTH) store_past_caches(kept + i, load_as<vec>(turned + i));
     }
 
     static void clear(F* numerators, long v, long n) {
@@ -202,22 +226,23 @@ template <class F, class T> struct Job {
     void hidden_gradient(long n, bool counted) {
         T* to = grad_hidden + (first + n) * s.wide;
         const T* label_row = weights(label(n)).row(0);
-        for (long i = 0; i < panels(); i++) {
-            float sums[PANEL];
-            const float* from = panel_of_others(n / TOKENS, i) + n % TOKENS * PANEL;
-            for (long c = 0; c < panel_vectors(i) * WIDTH; c += WIDTH) {
-                const vec all = load(from + c) + at_label[n] * piece(label_row, i * PANEL + c, s.wide);
-                store(sums + c, counted ? all * scale[n] : vec{});
-            }
-            store_row(to + i * PANEL, sums, 1, smaller(PANEL, s.wide - i * PANEL));
+        const float* from = block_of_others(n / TOKENS) + n % TOKENS;
+        for (long c = 0; c < s.wide; c += WIDTH) {
+            float numbers[WIDTH] = {};
+            const long now = smaller(WIDTH, s.wide - c);
+            for (long i = 0; i < now; i++) numbers[i] = from[(c + i) * TOKENS];
+            const vec all = (load(numbers) + at_label[n] * piece(label_row, c, s.wide)) * scale[n];
+            store(numbers, counted ? all : vec{});
+            store_row(to + c, numbers, 1, now);
         }
     }
 
     void keep(long v, long n, float x) {
         T number[WIDTH];
         store(number, splat(x));
-        if constexpr (P == 1) ((float*)kept_from(v))[n] = to_float(number[0]);
-        else ((T*)kept_from(v))[n] = number[0];
+        F* place = kept_from(v, n) + v % TILE;
+        if constexpr (P == 1) *place = to_float(number[0]);
+        else ((T*)place)[n % P] = number[0];
     }
 
     void add_weight_gradient(long v, const float* sums) {
@@ -244,7 +269,7 @@ template <class F, class T> struct Job {
                 const long now = smaller(rows, s.vocab - v0);
                 for (long n = 0; n < used; n += MOST_STEPS)
                     for (long i = 0; i < panels(); i++)
-                        product(now, panel_vectors(i), smaller(MOST_STEPS, used - n), kept_from(v0) + n, s.kept_row / P, 1,
+                        product(now, panel_vectors(i), smaller(MOST_STEPS, used - n), kept_from(v0, n * P), {1, TILE, kept_tile()},
                                 scaled.get() + (i * steps + n) * PANEL, PANEL, sums.get() + i * PANEL, columns, n > 0);
                 for (long v = 0; v < now; v++) add_weight_gradient(v0 + v, sums.get() + v * columns);
             }
@@ -255,14 +280,11 @@ template <class F, class T> struct Job {
 
 extern "C" {
 void linear_cross_entropy_float32(const Shape* s, const float* hidden, const float* weight, const int64_t* labels, float z_loss,
-                                  float* losses, float* grad_hidden, void* grad_weight, void* kept) {
-    Job<float, float>(*s, hidden, weight, labels, z_loss, losses, grad_hidden, grad_weight, (float*)kept).run();
+                                  float* losses, float* grad_hidden, void* grad_weight) {
+    Job<float, float>(*s, hidden, weight, labels, z_loss, losses, grad_hidden, grad_weight).run();
 }
 void linear_cross_entropy_bfloat16(const Shape* s, const bf16* hidden, const bf16* weight, const int64_t* labels, float z_loss,
-                                   float* losses, bf16* grad_hidden, void* grad_weight, void* kept) {
-    Job<bf16_factor, bf16>(*s, hidden, weight, labels, z_loss, losses, grad_hidden, grad_weight, (bf16_factor*)kept).run();
+                                   float* losses, bf16* grad_hidden, void* grad_weight) {
+    Job<bf16_factor, bf16>(*s, hidden, weight, labels, z_loss, losses, grad_hidden, grad_weight).run();
 }
-
-// Whether numerators of bf16 weights are kept as bf16; else as fp32.
-int linear_cross_entropy_keeps_bf16() { return IN_FACTOR<bf16_factor> == 2; }
 }

@@ -3,6 +3,8 @@
 // A factor is one fp32 number, or, where the CPU multiplies bf16, a pair of bf16 neighbours along the summed dimension.
 #pragma once
 
+#include <type_traits>
+
 #include "vectors.hpp"
 
 struct pair {  // of bf16, the one with the lower index in the lower bits
@@ -44,7 +46,7 @@ constexpr int MOST_VECTORS = 4;
 constexpr int rows_for(int vectors) { return vectors == 4 ? 6 : vectors == 3 ? 8 : 12; }
 #else
 constexpr int MOST_VECTORS = 2;
-constexpr int rows_for(int vectors) { return vectors == 2 ? 5 : 8; }
+constexpr int rows_for(int vectors) { return vectors == 2 ? 6 : 8; }
 #endif
 
 template <int ROWS, int VECTORS, class Factor>
@@ -89,31 +91,58 @@ inline void last_tile(int rows, const Factor* a, ptrdiff_t a_row, ptrdiff_t a_st
         last_tile<ROWS - 1, VECTORS>(rows, a, a_row, a_step, b, b_step, c, c_row, steps, add);
 }
 
-template <int VECTORS, class Factor>
-inline void columns(int rows, const Factor* a, ptrdiff_t a_row, ptrdiff_t a_step, const Factor* b, ptrdiff_t b_step, float* c,
-                    ptrdiff_t c_row, int steps, bool add) {
-    constexpr int ROWS = rows_for(VECTORS);
-    for (; rows >= ROWS; rows -= ROWS, a += ROWS * a_row, c += ROWS * c_row)
-        tile<ROWS, VECTORS>(a, a_row, a_step, b, b_step, c, c_row, steps, add);
-    if (rows) last_tile<ROWS - 1, VECTORS>(rows, a, a_row, a_step, b, b_step, c, c_row, steps, add);
+// Memory that is wanted next: fetched into the second cache little by little, while products are made.
+struct Ahead {
+    const char *at = nullptr, *end = nullptr;
+    long lines = 0;  // at a time
+    Ahead() = default;
+    template <class T> Ahead(const T* from, long count, long times) : at((const char*)from), end((const char*)(from + count)) {
+        lines = (end - at + 64 * times - 1) / (64 * times);
+    }
+    void fetch() {
+        for (long i = 0; i < lines && at < end; i++, at += 64) __builtin_prefetch(at, 0, 2);
+    }
+};
+
+constexpr int TILE = rows_for(MOST_VECTORS) < WIDTH ? rows_for(MOST_VECTORS) : WIDTH;  // rows that one vector holds as well
+
+// How a lies, in elements: from row to row, from step to step, and from tile to tile if it is packed in tiles of TILE rows.
+struct Strides {
+    ptrdiff_t row, step, tile = 0;
+};
+
+template <int VECTORS, int ROWS, class Factor>
+inline void columns(int rows, const Factor* a, Strides a_by, const Factor* b, ptrdiff_t b_step, float* c, ptrdiff_t c_row,
+                    int steps, bool add, Ahead& ahead) {
+    const ptrdiff_t next = a_by.tile ? a_by.tile : ROWS * a_by.row;
+    for (; rows >= ROWS; rows -= ROWS, a += next, c += ROWS * c_row) {
+        ahead.fetch();
+        tile<ROWS, VECTORS>(a, a_by.row, a_by.step, b, b_step, c, c_row, steps, add);
+    }
+    if (rows) last_tile<ROWS - 1, VECTORS>(rows, a, a_by.row, a_by.step, b, b_step, c, c_row, steps, add);
 }
 
 // c[r, n] (+)= sum over k of a[r, k] b[k, n], for `rows` r, `steps` k and `vectors` x WIDTH n.
-// Distances in elements: a's between rows and between steps, b's between steps, c's between rows. Many steps are summed in
-// parts, which keeps b in a cache and the sum's rounding errors small.
+// Distances in elements: b's between steps, c's between rows. Many steps are summed in parts, which keeps b in a cache and the
+// sum's rounding errors small.
 template <class Factor>
-inline void product(int rows, int vectors, int steps, const Factor* a, ptrdiff_t a_row, ptrdiff_t a_step, const Factor* b,
-                    ptrdiff_t b_step, float* c, ptrdiff_t c_row, bool add) {
+inline void product(int rows, int vectors, int steps, const Factor* a, Strides a_by, const Factor* b, ptrdiff_t b_step, float* c,
+                    ptrdiff_t c_row, bool add, Ahead ahead = {}) {
     while (vectors > 0) {
         const int pieces = (vectors + MOST_VECTORS - 1) / MOST_VECTORS, now = (vectors + pieces - 1) / pieces;
         for (int k = 0; k < steps; k += MOST_STEPS) {
             const int part = steps - k < MOST_STEPS ? steps - k : MOST_STEPS;
-            const Factor *a_k = a + k * a_step, *b_k = b + k * b_step;
-            if (now == 1) columns<1>(rows, a_k, a_row, a_step, b_k, b_step, c, c_row, part, add || k > 0);
-            if (now == 2) columns<2>(rows, a_k, a_row, a_step, b_k, b_step, c, c_row, part, add || k > 0);
+            const Factor *a_k = a + k * a_by.step, *b_k = b + k * b_step;
+            const auto with = [&](auto vectors_now) {
+                constexpr int VECTORS = decltype(vectors_now)::value;
+                if (a_by.tile) columns<VECTORS, TILE>(rows, a_k, a_by, b_k, b_step, c, c_row, part, add || k > 0, ahead);
+                else columns<VECTORS, rows_for(VECTORS)>(rows, a_k, a_by, b_k, b_step, c, c_row, part, add || k > 0, ahead);
+            };
+            if (now == 1) with(std::integral_constant<int, 1>());
+            if (now == 2) with(std::integral_constant<int, 2>());
             if constexpr (MOST_VECTORS > 2) {
-                if (now == 3) columns<3>(rows, a_k, a_row, a_step, b_k, b_step, c, c_row, part, add || k > 0);
-                if (now == 4) columns<4>(rows, a_k, a_row, a_step, b_k, b_step, c, c_row, part, add || k > 0);
+                if (now == 3) with(std::integral_constant<int, 3>());
+                if (now == 4) with(std::integral_constant<int, 4>());
             }
         }
         b += now * WIDTH, c += now * WIDTH, vectors -= now;

@@ -60,6 +60,22 @@ inline hvec rounded(vec x) {
 inline void store(float* to, vec x) { store_as(to, x); }
 inline void store(bf16* to, vec x) { store_as(to, rounded(x)); }
 
+// To an address that is a multiple of a vector's size, and seen by other threads after passed_caches().
+template <class T> inline void store_past_caches(T* to, vec x) {
+#if defined(__AVX512F__)
+    _mm512_stream_ps((float*)to, (__m512)x);
+#elif defined(__FMA__)
+    _mm256_stream_ps((float*)to, (__m256)x);
+#else
+    store_as(to, x);
+#endif
+}
+inline void passed_caches() {
+#if defined(__AVX512F__) || defined(__FMA__)
+    _mm_sfence();
+#endif
+}
+
 inline float to_float(float x) { return x; }
 inline float to_float(bf16 x) {
     const uint32_t bits = (uint32_t)x.bits << 16;
