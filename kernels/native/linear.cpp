@@ -66,6 +66,7 @@ template <class T> struct Product {
 #pragma omp for schedule(dynamic)
             for (long block = 0; block < blocks; block++) {
                 const long r0 = first_row(block), rows = first_row(block + 1) - r0;
+                if (rows == 0) continue;  // fewer tiles than threads
                 float* sums = direct ? (float*)c + r0 * row : block_sums.get();
                 for (long k = 0; k < s.steps; k += PART)
                     add_part(r0, rows, k, smaller(PART, s.steps - k), packed.get(), packed_a.get(), sums, row);
