@@ -38,10 +38,13 @@ from megaspark.kernels.linear_cross_entropy import linear_cross_entropy, linear_
 # stored. Layouts: a row's neighbour twice; the last number of a row, or the end of an output's row, forgotten; a neighbour's
 # scale. Products: the last row of registers forgotten; later steps that overwrite; pairs the wrong way round. Rounding cut off.
 # The head: exp without its upper end; the label's numerator counted twice; an odd token lost; chunks that overwrite; an ignored
-# token with a gradient; half of z-loss; no second try after an overflow; the label's gradient not stored. Linear layers: parts of
-# a sum that overwrite, or add to what was there; the first tile for all; the first part of a panel for all; a block's last row
-# not packed, or not multiplied; columns beyond the last whole vector stored. What survived changes no result: the sums of rows
-# that are padding, 1e-38 in place of 0, a NaN of rare bits.
+# token with a gradient; half of z-loss; no second try after an overflow; the label's gradient not stored; numerators kept in
+# another tile's place, in another row's, or one row for two; a tile's later rows left out; the first token's gradient for all;
+# sums begun with what was there. Linear layers: parts of a sum that overwrite, or add to what was there; the first tile for
+# all; the first part of a panel for all; a block's last row not packed, or not multiplied; columns beyond the last whole vector
+# stored; steps beyond the end; the last block's rows forgotten; a thread without rows. Tiles: the wrong rows exchanged; the
+# first row for all; no room for what the last store leaves behind. What survived changes no result: the sums of rows that are
+# padding, columns beyond b's last that are multiplied and dropped, 1e-38 in place of 0, a NaN of rare bits.
 DTYPES = [torch.float32, torch.bfloat16]
 HEADS = (partial(linear_cross_entropy, backend="native"), linear_cross_entropy_reference)
 # What -march=native may mean elsewhere: vectors of 16 numbers without products of bf16, of 8, and of 4.

@@ -109,7 +109,7 @@ void forward(const Shape& s, const T* q, const T* k, const T* v, const int32_t* 
             const auto q_h = matrix(q, s.q, s, head.b, head.h);
             const auto k_h = matrix(k, s.k, s, head.b, head.kv), v_h = matrix(v, s.v, s, head.b, head.kv);
             for (long j = 0; j < blocks; j++) {
-                pack_turned(k_turned.get() + j * size, k_h.from(j * BLOCK), BLOCK, BLOCK, wide);
+                pack_turned(k_turned.get() + j * size, k_h.from(j * BLOCK), BLOCK, wide);
                 pack_steps(v_steps.get() + j * size, v_h.from(j * BLOCK), BLOCK, wide);
             }
             for (long m0 = 0; m0 < s.seq; m0 += BLOCK) {
@@ -211,8 +211,8 @@ void backward(const Shape& s, const T* dout, const T* q, const T* k, const T* v,
             enter(room, matrix(q, s.q, s, head.b, head.h), matrix(dout, s.dout, s, head.b, head.h),
                   matrix(o, packed, s, head.b, head.h), lse + (head.b * s.heads + head.h) * s.seq);
             for (long n0 = 0; n0 < s.seq; n0 += BLOCK) {
-                pack_turned(room.k_turned.get(), k_h.from(n0), BLOCK, BLOCK, wide);
-                pack_turned(room.v_turned.get(), v_h.from(n0), BLOCK, BLOCK, wide);
+                pack_turned(room.k_turned.get(), k_h.from(n0), BLOCK, wide);
+                pack_turned(room.v_turned.get(), v_h.from(n0), BLOCK, wide);
                 pack_steps(room.k_steps.get(), k_h.from(n0), BLOCK, wide);
                 for (float* sums : {room.dk.get(), room.dv.get()}) std::memset(sums, 0, BLOCK * wide * sizeof(float));
                 for (long m0 = n0; m0 < s.seq && head.first(m0) < n0 + BLOCK; m0 += BLOCK) {

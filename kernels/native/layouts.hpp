@@ -49,6 +49,7 @@ template <class T> struct Matrix {
     long stride, present, dim;
     const T* row(long n) const { return n < present ? x + n * stride : nullptr; }
     Matrix from(long n) const { return {x + n * stride, stride, present - n, dim}; }
+    Matrix rows(long most) const { return {x, stride, smaller(present, most), dim}; }
     Matrix columns(long c, long most) const { return {x + c, stride, present, smaller(dim - c, most)}; }
 };
 
@@ -84,28 +85,32 @@ inline void turn(vec (&x)[WIDTH]) {
 
 // A vector of factors, the first of which has number `c` of a row.
 template <class F, class T> inline vec factors_from(const T* row, long c, long dim) {
-    if constexpr (IN_FACTOR<F> == 1) return piece(row, c, dim);
-    F out[WIDTH];
-    for (int i = 0; i < IN_FACTOR<F>; i++) put(out + i * WIDTH / IN_FACTOR<F>, piece(row, c + i * WIDTH, dim));
-    return load_as<vec>(out);
+    constexpr int P = IN_FACTOR<F>;
+    if constexpr (P == 1) {
+        return piece(row, c, dim);
+    } else {
+        F out[WIDTH];
+        for (int i = 0; i < P; i++) put(out + i * WIDTH / P, piece(row, c + i * WIDTH, dim));
+        return load_as<vec>(out);
+    }
 }
 
-// [number][row], `apart` factors from one number to the next: to be summed over numbers.
+// [number][row]: to be summed over numbers.
 // If rows are no whole vectors, what is stored beyond a number's last row is overwritten by the next number, or is padding.
-template <class F, class T> void pack_turned(F* to, const Matrix<T>& m, long rows, long apart, long wide) {
+template <class F, class T> void pack_turned(F* to, const Matrix<T>& m, long rows, long wide) {
     constexpr int P = IN_FACTOR<F>;
     for (long n = 0; n < rows; n += WIDTH)
         for (long k = 0; k < wide / P; k += WIDTH) {
             vec x[WIDTH];
             for (long r = 0; r < WIDTH; r++) x[r] = n + r < rows ? factors_from<F>(m.row(n + r), k * P, m.dim) : vec{};
             turn(x);
-            for (long i = 0; i < WIDTH && k + i < wide / P; i++) store_as(to + (k + i) * apart + n, x[i]);
+            for (long i = 0; i < WIDTH && k + i < wide / P; i++) store_as(to + (k + i) * rows + n, x[i]);
         }
 }
 
 // [tile][number][row of a tile], TILE rows each, `size` apart: to be summed over numbers.
 template <class F, class T> void pack_turned_tiles(F* to, const Matrix<T>& m, long rows, long wide, long size) {
-    for (long n = 0; n < rows; n += TILE) pack_turned(to + n / TILE * size, m.from(n), TILE, TILE, wide);
+    for (long n = 0; n < rows; n += TILE) pack_turned(to + n / TILE * size, m.from(n), TILE, wide);
 }
 
 // [tile][row][number of a tile], TILE numbers each, `size` apart: to be summed over rows. Each row is stored as a whole vector,

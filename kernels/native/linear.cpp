@@ -32,7 +32,7 @@ template <class T> struct Product {
             F* panel = to + i * size + k / IN * PANEL;
             const long wide = smaller(PANEL, s.columns - i * PANEL);
             if (s.b_column == 1) pack_steps(panel, Matrix<T>{from, s.b_step, steps, wide}, up(steps, 2), PANEL);
-            else pack_turned(panel, Matrix<T>{from, s.b_column, wide, steps}, PANEL, PANEL, up(steps, WIDTH));
+            else pack_turned(panel, Matrix<T>{from, s.b_column, wide, steps}, PANEL, up(steps, WIDTH));
         }
     }
 

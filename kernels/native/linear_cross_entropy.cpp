@@ -115,8 +115,7 @@ template <class F, class T> struct Job {
                     const long now = smaller(rows, s.vocab - v0);
                     pack_turned_tiles(room.weight_rows.get(), weights(v0), now, even_wide(), room.logit_tile);
                     if (grad_hidden && !LARGEST_ONLY)
-                        pack_tiles(room.weight_columns.get(), Matrix<T>{weight + v0 * s.wide, s.wide, now, s.wide}, s.wide,
-                                   room.gradient_tile);
+                        pack_tiles(room.weight_columns.get(), weights(v0).rows(now), s.wide, room.gradient_tile);
                     for (long b = begin; b < end; b++) over_logits<LARGEST_ONLY>(room, b, b - begin, v0, now);
                 }
                 passed_caches();
@@ -129,7 +128,7 @@ template <class F, class T> struct Job {
 
     // Block `b` of tokens, at `place` among those of a task: packed, and its sums begun.
     template <bool LARGEST_ONLY> void begin_block(const Room& room, long b, long place) {
-        pack_turned(turned_block(room, place), hiddens(b * TOKENS), TOKENS, TOKENS, even_wide());
+        pack_turned(turned_block(room, place), hiddens(b * TOKENS), TOKENS, even_wide());
         for (long n = b * TOKENS; n < (b + 1) * TOKENS; n++) {
             if (LARGEST_ONLY) shift[n] = -INFINITY;
             else total[n] = 0;

@@ -1,7 +1,7 @@
 // Vectors of fp32 as wide as the CPU has them, bf16 beside them, and exp: the alphabet of the CPU kernels.
 //
-// GCC's vector extensions, so that one text serves AVX-512, AVX2 and SSE (NEON is untried); intrinsics only for what is multiplied
-// and added at once.
+// GCC's vector extensions, so that one text serves AVX-512, AVX2, SSE and NEON; intrinsics only where GCC has no choice to be left:
+// what is multiplied and added at once, and what passes by the caches.
 #pragma once
 
 #include <cstddef>
