@@ -22,6 +22,7 @@ MAX_LINE_BYTES = 1 << 26  # what a text costs in a tokenizer is many times its s
 
 _READ_BYTES = 1 << 14  # small, for a zstd block of a few bytes can become 128 KiB
 _SEARCH_BYTES = 1 << 20
+_FRAME_PROOF_BYTES = 1 << 17  # the longest gzip header (64 KiB), and as much of content
 
 
 class Damage(str):
@@ -104,15 +105,22 @@ def _chunks(path: str) -> Iterator[bytes | Damage]:
 def _frames(file: Any, codec: _Codec, start: int) -> Iterator[bytes | Damage]:
     """Yields the content of the frames from byte `start`; returns where to go on behind a damage, None at the end of the file.
 
-    End of input is no error to zstd or zlib, so whether the last frame was whole is asked of the decompressor itself.
+    End of input is no error to zstd or zlib, so whether the last frame was whole is asked of the decompressor itself. Nor is
+    it an error, often, to go on from a frame that is cut into the next, whose bytes then make text that nobody wrote: so a frame
+    is read up to each place where another may begin, and further only if none does.
     """
     file.seek(start)
     frame, frame_start, given = codec.new(), start, start
     block, open_frame = b"", False
-    while block := block or file.read(_READ_BYTES):
+    while block := block or _read(file, codec.magic):
+        if open_frame and block.startswith(codec.magic) and _begins_frame(file, codec, given):
+            yield Damage(f"{codec.name} frame at byte {frame_start:,} is cut short, its rest is lost")
+            return given
         if codec.name == "gzip" and not open_frame and given > start and not block.strip(b"\0"):
             block = b""  # gzip allows padding with zeros behind a member
             continue
+        at = block.find(codec.magic, 1)
+        block, rest = (block[:at], block[at:]) if at > 0 else (block, b"")
         try:
             content = frame.decompress(block)
         except (zstandard.ZstdError, zlib.error) as error:
@@ -122,13 +130,37 @@ def _frames(file: Any, codec: _Codec, start: int) -> Iterator[bytes | Damage]:
         if content:
             yield content
         given += len(block) - len(frame.unused_data)
-        open_frame, block = not frame.eof, frame.unused_data
+        open_frame, block = not frame.eof, frame.unused_data + rest
         if frame.eof:
             frame, frame_start = codec.new(), given
     if open_frame:
         yield Damage(f"{codec.name} frame at byte {frame_start:,} is cut short, its rest is lost")
         return _find(file, codec.magic, frame_start + 1)  # a short frame may have gone into the one before as if part of it
     return None
+
+
+def _read(file: Any, magic: bytes) -> bytes:
+    """The next bytes, not ending within a `magic`."""
+    block = file.read(_READ_BYTES)
+    while block.endswith(tuple(magic[:n] for n in range(1, len(magic)))) and (more := file.read(1)):
+        block += more
+    return block
+
+
+def _begins_frame(file: Any, codec: _Codec, at: int) -> bool:
+    """Whether what starts at byte `at` can be decompressed, and not only looks like a frame by its first bytes."""
+    here, frame, found = file.tell(), codec.new(), False
+    file.seek(at)
+    try:
+        for _ in range(_FRAME_PROOF_BYTES // _READ_BYTES):
+            found |= bool(frame.decompress(file.read(_READ_BYTES)))
+            if frame.eof:
+                break
+    except (zstandard.ZstdError, zlib.error):
+        return False
+    finally:
+        file.seek(here)
+    return found or frame.eof
 
 
 def _salvage(file: Any, codec: _Codec, frame_start: int, given: int) -> Iterator[bytes]:

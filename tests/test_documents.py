@@ -112,6 +112,31 @@ def test_cut_frame_keeps_the_lines_before_and_the_frames_behind(tmp_path, pack):
     assert texts(read(path))[-2:] == ["second 0", "second 1"] and len(bad(read(path))) >= 1
 
 
+@pytest.mark.parametrize("read_bytes", [1 << 14, 5])
+def test_cut_member_is_not_read_on_into_the_next(tmp_path, monkeypatch, read_bytes):
+    """Deflate takes the next member's bytes for its own, for many time stamps without any error: a line that nobody wrote."""
+    monkeypatch.setattr(streams, "_READ_BYTES", read_bytes)
+    first = [line(f"{i} {hashlib.sha256(bytes([i])).hexdigest() * 40}") for i in range(40)]
+    frame, second = gzip.compress(b"\n".join(first) + b"\n"), [line("second 0"), line("second 1")]
+    path = tmp_path / "a.jsonl.gz"
+    for seconds in range(40):
+        path.write_bytes(frame[: len(frame) * 2 // 3 + seconds % 4] + gzip.compress(b"\n".join(second), mtime=seconds * 7919))
+        found = texts(read(path))
+        assert found == [json.loads(text)["text"] for text in [*first[: len(found) - 2], *second]] and 20 < len(found) < 42
+        assert len(bad(read(path))) >= 1
+
+
+@pytest.mark.parametrize("read_bytes", [1 << 14, 5])
+def test_what_only_looks_like_a_member_is_read(tmp_path, monkeypatch, read_bytes):
+    """The bytes that a member begins with, within one: once in 16 MB by chance, and here in its name."""
+    monkeypatch.setattr(streams, "_READ_BYTES", read_bytes)
+    with (tmp_path / "a.jsonl.gz").open("wb") as file:
+        for name in ("\x1f\x8b\x08\x01", "\x1f\x8b\x1f\x8b\x08\x10", "\x1f\x8b\x08"):
+            with gzip.GzipFile(name, "wb", fileobj=file) as member:
+                member.write(line("x" * 300) + b"\n")
+    assert texts(read(tmp_path / "a.jsonl.gz")) == ["x" * 300] * 3 and not bad(read(tmp_path / "a.jsonl.gz"))
+
+
 def test_long_window_is_read(tmp_path):
     """`zstd --long=31` files are refused by zstandard's default limit."""
     parameters = zstandard.ZstdCompressionParameters(window_log=28)
