@@ -40,7 +40,7 @@ template <class F, class T> struct Job {
     long padded() const { return up(count, TOKENS); }
     long kept_tile() const { return smaller(s.chunk, up(s.tokens, TOKENS)) / P * TILE; }
     F* kept_from(long v, long n) const { return kept.get() + v / TILE * kept_tile() + n / P * TILE; }
-    // Of the vocabulary, as measured (docs/LOG.md): what is packed of them has to stay in a cache.
+    // Of the vocabulary, as measured (docs/LOG.md): what is packed of them has to stay in a cache. Whole tiles.
     long rows_at_once() const { return WIDTH < 16 ? 96 : even_wide() * (long)sizeof(T) <= 1536 ? 240 : 120; }
     long label(long n) const { return labels[first + n] == s.ignore_index ? 0 : (long)labels[first + n]; }
     Matrix<T> weights(long v) const { return Matrix<T>{weight, s.wide, s.vocab, s.wide}.from(v); }
