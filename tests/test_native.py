@@ -256,7 +256,7 @@ def test_linear_chooses(monkeypatch):
 
 @pytest.mark.parametrize(
     "flags, bf16, slow",
-    [("fma avx2", False, False), ("avx512f", False, True), ("avx512f avx512_bf16", True, True), ("amx_bf16", True, False)],
+    [("fma avx", False, False), ("avx avx2", False, True), ("avx2 avx512_bf16", True, True), ("amx_bf16", True, False)],
 )
 def test_processors_tell_what_they_have(monkeypatch, flags, bf16, slow):
     """A flag that is a part of another's name; Intel's taken for AMD's."""

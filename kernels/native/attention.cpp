@@ -20,11 +20,7 @@ struct Shape {
     long threads;
 };
 
-// Scores of query m and keys from n on: -inf where it does not see them.
-inline vec seen(vec scores, long m, long first, long n) {
-    const ivec index = counted() + (int)n;
-    return (index >= (int)first) & (index <= (int)m) ? scores : splat(-INF);
-}
+constexpr int VECTORS = MOST_VECTORS < BLOCK / WIDTH / 2 ? MOST_VECTORS : BLOCK / WIDTH / 2, PANEL = VECTORS * WIDTH;
 
 struct Head {
     long b, h, kv;
@@ -47,162 +43,224 @@ template <class T> Matrix<T> matrix(const T* x, const long* distances, const Sha
     return {x + b * distances[0] + h * distances[2], distances[1], s.seq, s.dim};
 }
 
-// One block of scores [rows][BLOCK] becomes exp(scale scores - the row's largest so far), as factors; `most` and `total` go on.
+// The queries [m, m + PANEL) of a head, each a lane: what is known of them so far.
+struct Queries {
+    long m = 0;
+    vec shift[VECTORS], total[VECTORS];   // the sum of exp(score - shift)
+    ivec index[VECTORS], first[VECTORS];  // of a query, and of the first key that it sees
+
+    void begin(const Head& head, const Shape& s, long from) {
+        m = from;
+        for (int i = 0; i < VECTORS; i++) {
+            shift[i] = splat(-INF), total[i] = vec{};
+            index[i] = counted() + (int)(m + i * WIDTH), first[i] = ivec{};
+            for (int r = 0; r < WIDTH; r++)
+                if (m + i * WIDTH + r < s.seq) first[i][r] = head.first(m + i * WIDTH + r);
+        }
+    }
+};
+
+// Scores [keys][PANEL] of the keys from n on become exp(scale score - shift), as factors, and are summed. Where a shift grows, the
+// sum and `out` [dim][PANEL] become smaller. It grows only by much, since any will do with which exp stays finite.
 template <class F>
-void soften(const Head& head, const Shape& s, float scale, long m0, long n0, int rows, float* scores, F* weights, float* most,
-            float* total, float* out, long wide) {
-    const bool masked = !head.all_seen(m0, n0, s.seq);
-    for (int r = 0; r < rows; r++) {
-        vec x[BLOCK / WIDTH], high = splat(-INF);
-        for (int i = 0; i < BLOCK / WIDTH; i++) {
-            x[i] = load(scores + r * BLOCK + i * WIDTH) * scale;
-            if (masked) x[i] = seen(x[i], m0 + r, head.first(m0 + r), n0 + i * WIDTH);
-            high = larger(x[i], high);
+void soften(Queries& q, float scale, long n, int keys, bool masked, float* scores, F* weights, float* out, long dim) {
+    for (int i = 0; i < VECTORS; i++) {
+        float *column = scores + i * WIDTH, *numbers = out + i * WIDTH;
+        vec high[2] = {splat(-INF), splat(-INF)}, sums[2] = {};
+        for (int k = 0; k < keys; k += 2)
+            for (int j = 0; j < 2; j++) {
+                vec x = load(column + (k + j) * PANEL) * scale;
+                const int key = n + k + j;
+                if (masked) x = (q.first[i] <= key) & (q.index[i] >= key) ? x : splat(-INF);
+                store(column + (k + j) * PANEL, x);
+                high[j] = larger(x, high[j]);
+            }
+        const vec highest = larger(high[0], high[1]);
+        const ivec grows = highest > q.shift[i] + 8;
+        if (any(grows)) {
+            const vec now = grows ? highest : q.shift[i], shrink = grows ? exp_of(q.shift[i] - now) : splat(1);
+            q.total[i] *= shrink, q.shift[i] = now;
+            for (long c = 0; c < dim; c++) store(numbers + c * PANEL, load(numbers + c * PANEL) * shrink);
         }
-        const float before = most[r], highest = largest(high), now = highest > before ? highest : before;
-        const float shift = now == -INF ? 0 : now;
-        vec sums = {};
-        for (int i = 0; i < BLOCK / WIDTH; i++) {
-            x[i] = exp_of(x[i] - shift);
-            sums += x[i];
-            put(weights + (r * BLOCK + i * WIDTH) / IN_FACTOR<F>, x[i]);
+        const vec shift = q.shift[i] == splat(-INF) ? vec{} : q.shift[i];  // no key was seen yet
+        for (int k = 0; k < keys; k += 2) {
+            const vec upper = exp_of(load(column + k * PANEL) - shift), lower = exp_of(load(column + (k + 1) * PANEL) - shift);
+            sums[0] += upper, sums[1] += lower;
+            put_rows(weights + k / IN_FACTOR<F> * PANEL + i * WIDTH, PANEL, upper, lower);
         }
-        if (now > before && before > -INF) {
-            const float shrink = std::exp(before - now);
-            total[r] *= shrink;
-            for (long c = 0; c < wide; c += WIDTH) store(out + r * wide + c, load(out + r * wide + c) * shrink);
-        }
-        total[r] += sum(sums);
-        most[r] = now;
+        q.total[i] += sums[0] + sums[1];
     }
 }
 
-// scores [rows][BLOCK] = x y^T, x by rows and y turned.
-template <class F> void multiply(int rows, long wide, const F* x, const F* y_turned, float* scores) {
-    product(rows, BLOCK / WIDTH, wide / IN_FACTOR<F>, x, {wide / IN_FACTOR<F>, 1}, y_turned, BLOCK, scores, BLOCK, false);
+// What the queries summed up, out [dim][PANEL], over their totals, to their rows of o, and the logarithms of the totals to lse.
+template <class T> void finish(const Queries& q, const Shape& s, const float* out, T* o, float* lse) {
+    for (int i = 0; i < VECTORS; i++) {
+        const long first = q.m + i * WIDTH, rows = smaller(WIDTH, s.seq - first);
+        for (long c = 0; c < s.dim && rows > 0; c += WIDTH) {
+            vec x[WIDTH];
+            for (int r = 0; r < WIDTH; r++) x[r] = load(out + (c + r) * PANEL + i * WIDTH) / q.total[i];
+            turn(x);
+            for (int r = 0; r < rows; r++) store_piece(o + (first + r) * s.heads * s.dim + c, x[r], s.dim - c);
+        }
+        for (int r = 0; r < rows; r++) lse[first + r] = q.shift[i][r] + std::log(q.total[i][r]);
+    }
 }
 
-// out [rows][wide] += weights y, weights [rows][BLOCK] by rows and y by steps.
-template <class F> void add(int rows, long wide, const F* weights, const F* y_steps, float* out) {
-    constexpr int P = IN_FACTOR<F>;
-    product(rows, wide / WIDTH, BLOCK / P, weights, {BLOCK / P, 1}, y_steps, wide, out, wide, true);
-}
-
-// out [BLOCK][wide] += weights^T y, both by steps.
-template <class F> void add_turned(long wide, const F* weights, const F* y_steps, float* out) {
-    product(BLOCK, wide / WIDTH, BLOCK / IN_FACTOR<F>, weights, {1, BLOCK}, y_steps, wide, out, wide, true);
-}
-
+// Scores, weights and outputs are kept turned, [key][query] and [number][query], so that no sum or maximum is over lanes.
 template <class F, class T>
 void forward(const Shape& s, const T* q, const T* k, const T* v, const int32_t* start, float scale, T* o, float* lse) {
-    constexpr int P = IN_FACTOR<F>;
-    const long wide = up(s.dim, WIDTH), blocks = up(s.seq, BLOCK) / BLOCK, size = BLOCK * wide / P;
+    constexpr int P = IN_FACTOR<F>, PANELS = BLOCK / PANEL;
+    const long wide = up(s.dim, WIDTH), blocks = up(s.seq, BLOCK) / BLOCK, steps = up(s.dim, 2) / P;
+    const Tiles k_tiles{tile_size<F>(s.dim)}, v_tiles{tile_size<F>(BLOCK)};
+    const long k_size = up(BLOCK, TILE) / TILE * k_tiles.next, v_size = up(s.dim, TILE) / TILE * v_tiles.next;
+    const long q_size = PANEL * wide / P, out_size = PANEL * wide;
 #pragma omp parallel num_threads(s.threads)
     {
-        auto k_turned = buffer<F>(blocks * size), v_steps = buffer<F>(blocks * size), q_rows = buffer<F>(size);
-        auto weights = buffer<F>(BLOCK * BLOCK / P);
-        auto scores = buffer<float>(BLOCK * BLOCK), out = buffer<float>(BLOCK * wide);
-        float most[BLOCK], total[BLOCK];
+        auto ks = buffer<F>(blocks * k_size), vs = buffer<F>(blocks * v_size), qs = buffer<F>(PANELS * q_size);
+        auto scores = buffer<float>(BLOCK * PANEL), outs = buffer<float>(PANELS * out_size);
+        auto weights = buffer<F>(BLOCK * PANEL / P);
+        Queries panels[PANELS];
 #pragma omp for schedule(dynamic)
         for (long task = 0; task < s.batch * s.heads; task++) {
             const Head head = head_of(s, start, task);
             const auto q_h = matrix(q, s.q, s, head.b, head.h);
             const auto k_h = matrix(k, s.k, s, head.b, head.kv), v_h = matrix(v, s.v, s, head.b, head.kv);
+            T* o_h = o + (head.b * s.seq * s.heads + head.h) * s.dim;
+            float* lse_h = lse + (head.b * s.heads + head.h) * s.seq;
             for (long j = 0; j < blocks; j++) {
-                pack_turned(k_turned.get() + j * size, k_h.from(j * BLOCK), BLOCK, wide);
-                pack_steps(v_steps.get() + j * size, v_h.from(j * BLOCK), BLOCK, wide);
+                pack_turned_tiles(ks.get() + j * k_size, k_h.from(j * BLOCK), BLOCK, up(s.dim, 2), k_tiles.next);
+                pack_tiles(vs.get() + j * v_size, v_h.from(j * BLOCK).rows(BLOCK), s.dim, v_tiles.next);
             }
             for (long m0 = 0; m0 < s.seq; m0 += BLOCK) {
-                const int rows = smaller(BLOCK, s.seq - m0);
-                pack_rows(q_rows.get(), q_h.from(m0), BLOCK, wide);
-                std::memset(out.get(), 0, BLOCK * wide * sizeof(float));
-                for (int r = 0; r < BLOCK; r++) most[r] = -INF, total[r] = 0;
-                for (long j = head.first(m0) / BLOCK; j * BLOCK <= m0; j++) {
-                    multiply(rows, wide, q_rows.get(), k_turned.get() + j * size, scores.get());
-                    soften(head, s, scale, m0, j * BLOCK, rows, scores.get(), weights.get(), most, total, out.get(), wide);
-                    add(rows, wide, weights.get(), v_steps.get() + j * size, out.get());
+                std::memset(outs.get(), 0, PANELS * out_size * sizeof(float));
+                for (int p = 0; p < PANELS; p++) {
+                    pack_turned(qs.get() + p * q_size, q_h.from(m0 + p * PANEL), PANEL, wide);
+                    panels[p].begin(head, s, m0 + p * PANEL);
                 }
-                for (int r = 0; r < rows; r++) {
-                    T* to = o + ((head.b * s.seq + m0 + r) * s.heads + head.h) * s.dim;
-                    store_row(to, out.get() + r * wide, 1 / total[r], s.dim);
-                    lse[(head.b * s.heads + head.h) * s.seq + m0 + r] = most[r] + std::log(total[r]);
+                for (long n0 = head.first(m0) / BLOCK * BLOCK; n0 <= m0; n0 += BLOCK) {
+                    const bool masked = !head.all_seen(m0, n0, s.seq);
+                    const F *k_block = ks.get() + n0 / BLOCK * k_size, *v_block = vs.get() + n0 / BLOCK * v_size;
+                    for (int p = 0; p < PANELS; p++) {
+                        const int last = n0 == m0 ? (p + 1) * PANEL : BLOCK;  // on the diagonal no key after a panel's last query
+                        const int keys = smaller(last, up(s.seq - n0, 2));
+                        float* out = outs.get() + p * out_size;
+                        product(keys, VECTORS, steps, k_block, k_tiles, qs.get() + p * q_size, always<PANEL>, scores.get(),
+                                always<PANEL>, false);
+                        soften(panels[p], scale, n0, keys, masked, scores.get(), weights.get(), out, s.dim);
+                        product(s.dim, VECTORS, keys / P, v_block, v_tiles, weights.get(), always<PANEL>, out, always<PANEL>, true);
+                    }
                 }
+                for (int p = 0; p < PANELS; p++) finish(panels[p], s, outs.get() + p * out_size, o_h, lse_h);
             }
         }
     }
 }
 
-// Scores and the gradients of the weights [BLOCK][BLOCK] become, as factors, the weights summed over queries, and the gradients of
-// the scores summed over queries and summed over keys.
-template <class F>
-void soften_again(const Head& head, const Shape& s, float scale, long m0, long n0, const float* scores, const float* grads,
-                  const float* lse, const float* delta, F* weights, F* by_queries, F* by_keys) {
-    constexpr int P = IN_FACTOR<F>;
-    const bool masked = !head.all_seen(m0, n0, s.seq);
-    for (int r = 0; r < BLOCK; r += 2)
-        for (int c = 0; c < BLOCK; c += WIDTH) {
-            vec p[2], ds[2];
-            for (int i = 0; i < 2; i++) {
-                vec x = load(scores + (r + i) * BLOCK + c) * scale;
-                if (masked) x = seen(x, m0 + r + i, m0 + r + i < s.seq ? head.first(m0 + r + i) : 0, n0 + c);
-                p[i] = exp_of(x - lse[r + i]);
-                ds[i] = p[i] * (load(grads + (r + i) * BLOCK + c) - delta[r + i]);
-                if constexpr (P > 1) put(by_keys + ((r + i) * BLOCK + c) / P, ds[i]);
-            }
-            put_rows(weights + r / P * BLOCK + c, BLOCK, p[0], p[1]);
-            put_rows(by_queries + r / P * BLOCK + c, BLOCK, ds[0], ds[1]);
-        }
+// Scores of query m and keys from n on: -inf where it does not see them.
+inline vec seen(vec scores, long m, long first, long n) {
+    const ivec index = counted() + (int)n;
+    return (index >= (int)first) & (index <= (int)m) ? scores : splat(-INF);
 }
 
 // What a thread works in during a backward pass: of all queries of a head, and of one block of keys.
 template <class F> struct Room {
     static constexpr int P = IN_FACTOR<F>, SQUARE = BLOCK * BLOCK;
-    const long wide, size, all;  // numbers of a row; factors of a block, of a head
-    Buffer<F> q_rows = buffer<F>(all), dout_rows = buffer<F>(all), k_turned = buffer<F>(size), v_turned = buffer<F>(size);
-    Buffer<F> k_steps = buffer<F>(size), q_steps_own = buffer<F>(P > 1 ? all : 0);
-    Buffer<F> dout_steps_own = buffer<F>(P > 1 ? all : 0);
-    Buffer<F> weights = buffer<F>(SQUARE / P), ds_by_queries = buffer<F>(SQUARE / P), ds_by_keys_own = buffer<F>(SQUARE / P);
+    const long dim, wide, blocks;
+    const Tiles tiles{tile_size<F>(dim)};
+    const long size = up(BLOCK, TILE) / TILE * tiles.next, steps = BLOCK * wide / P;  // factors of a block, in tiles and by steps
+    Buffer<F> q_tiles = buffer<F>(blocks * size), dout_tiles = buffer<F>(blocks * size);
+    Buffer<F> q_steps = buffer<F>(blocks * steps), dout_steps = buffer<F>(blocks * steps);
+    Buffer<F> k_turned = buffer<F>(steps), v_turned = buffer<F>(steps), k_steps = buffer<F>(steps);
+    Buffer<F> weights = buffer<F>(SQUARE / P), ds_by_queries = buffer<F>(SQUARE / P);
+    Buffer<F> ds_by_keys_own = buffer<F>(P > 1 ? SQUARE / P : 0);
     Buffer<float> scores = buffer<float>(SQUARE), grads = buffer<float>(SQUARE), dk = buffer<float>(BLOCK * wide);
-    Buffer<float> dv = buffer<float>(BLOCK * wide), dq = buffer<float>(all * P), lse = buffer<float>(all * P / wide);
-    Buffer<float> delta = buffer<float>(all * P / wide);
+    Buffer<float> dv = buffer<float>(BLOCK * wide), dq = buffer<float>(blocks * BLOCK * wide);
+    Buffer<float> lse = buffer<float>(blocks * BLOCK), delta = buffer<float>(blocks * BLOCK);
 
-    Room(long wide, long blocks) : wide(wide), size(BLOCK * wide / P), all(blocks * size) {}
-    // Of fp32, rows and steps are the same.
-    F* q_steps() const { return P > 1 ? q_steps_own.get() : q_rows.get(); }
-    F* dout_steps() const { return P > 1 ? dout_steps_own.get() : dout_rows.get(); }
+    Room(long dim, long seq) : dim(dim), wide(up(dim, WIDTH)), blocks(up(seq, BLOCK) / BLOCK) {}
+    // Of fp32 they are the same.
     F* ds_by_keys() const { return P > 1 ? ds_by_keys_own.get() : ds_by_queries.get(); }
 };
 
 // A head's queries, gradients and sums into a room. o: the head's outputs.
 template <class F, class T>
 void enter(const Room<F>& room, const Matrix<T>& q, const Matrix<T>& dout, const Matrix<T>& o, const float* lse) {
-    const long padded = up(q.present, BLOCK);
-    for (long m0 = 0; m0 < padded; m0 += BLOCK) {
-        const long place = m0 / BLOCK * room.size;
-        pack_rows(room.q_rows.get() + place, q.from(m0), BLOCK, room.wide);
-        pack_rows(room.dout_rows.get() + place, dout.from(m0), BLOCK, room.wide);
-        if constexpr (IN_FACTOR<F> > 1) {
-            pack_steps(room.q_steps() + place, q.from(m0), BLOCK, room.wide);
-            pack_steps(room.dout_steps() + place, dout.from(m0), BLOCK, room.wide);
-        }
+    for (long i = 0; i < room.blocks; i++) {
+        pack_turned_tiles(room.q_tiles.get() + i * room.size, q.from(i * BLOCK), BLOCK, up(q.dim, 2), room.tiles.next);
+        pack_turned_tiles(room.dout_tiles.get() + i * room.size, dout.from(i * BLOCK), BLOCK, up(q.dim, 2), room.tiles.next);
+        pack_steps(room.q_steps.get() + i * room.steps, q.from(i * BLOCK), BLOCK, room.wide);
+        pack_steps(room.dout_steps.get() + i * room.steps, dout.from(i * BLOCK), BLOCK, room.wide);
     }
-    for (long m = 0; m < padded; m++) {
+    for (long m = 0; m < room.blocks * BLOCK; m++) {
         vec products = {};
         for (long c = 0; c < q.dim; c += WIDTH) products += piece(dout.row(m), c, q.dim) * piece(o.row(m), c, q.dim);
         room.delta[m] = sum(products);
         room.lse[m] = m < q.present ? lse[m] : INF;  // exp(-inf) = 0: no weight
     }
-    std::memset(room.dq.get(), 0, padded * room.wide * sizeof(float));
+    std::memset(room.dq.get(), 0, room.blocks * BLOCK * room.wide * sizeof(float));
+}
+
+// Scores and gradients of weights of the keys [c, c + PANEL) of a block, and of its queries from r0 on, become, as factors, the
+// weights summed over queries, and the gradients of the scores summed over queries and summed over keys.
+template <class F>
+void soften_again(const Room<F>& room, const Head& head, const Shape& s, float scale, long m0, long n0, int r0, int c0) {
+    constexpr int P = IN_FACTOR<F>;
+    const bool masked = !head.all_seen(m0, n0, s.seq);
+    for (int r = r0; r < BLOCK; r += 2)
+        for (int c = c0; c < c0 + PANEL; c += WIDTH) {
+            vec p[2], ds[2];
+            for (int i = 0; i < 2; i++) {
+                const long m = m0 + r + i, place = (r + i) * BLOCK + c;
+                vec x = load(&room.scores[place]) * scale;
+                if (masked) x = seen(x, m, m < s.seq ? head.first(m) : 0, n0 + c);
+                p[i] = exp_of(x - room.lse[m]);
+                ds[i] = p[i] * (load(&room.grads[place]) - room.delta[m]);
+                if constexpr (P > 1) put(room.ds_by_keys() + place / P, ds[i]);
+            }
+            put_rows(&room.weights[r / P * BLOCK + c], BLOCK, p[0], p[1]);
+            put_rows(&room.ds_by_queries[r / P * BLOCK + c], BLOCK, ds[0], ds[1]);
+        }
+}
+
+// What a block of queries, from m0 on, adds to the gradients of the keys and values from n0 on, and they to its own. On the diagonal
+// no query before a panel's first key is computed.
+template <class F> void add_block(const Room<F>& room, const Head& head, const Shape& s, float scale, long m0, long n0) {
+    constexpr int P = IN_FACTOR<F>;
+    const bool diagonal = m0 == n0;
+    const long wide = room.wide, block = m0 / BLOCK, steps = up(room.dim, 2) / P;
+    for (int c = 0; c < BLOCK; c += PANEL) {
+        const int tile = diagonal ? c / TILE : 0, r = tile * TILE;
+        const auto multiply = [&](const Buffer<F>& tiles, const Buffer<F>& turned, const Buffer<float>& out) {
+            product(BLOCK - r, VECTORS, steps, &tiles[block * room.size + tile * room.tiles.next], room.tiles, &turned[c],
+                    always<BLOCK>, &out[r * BLOCK + c], always<BLOCK>, false);
+        };
+        multiply(room.q_tiles, room.k_turned, room.scores);
+        multiply(room.dout_tiles, room.v_turned, room.grads);
+        soften_again(room, head, s, scale, m0, n0, diagonal ? c : 0, c);
+    }
+    const int group = diagonal ? PANEL : BLOCK;
+    for (int c = 0; c < BLOCK; c += group) {
+        const int r = diagonal ? c : 0;
+        const auto add_turned = [&](const Buffer<F>& square, const Buffer<F>& rows, const Buffer<float>& sums) {
+            product(group, wide / WIDTH, (BLOCK - r) / P, &square[r / P * BLOCK + c], Tiled<1, BLOCK>{TILE},
+                    &rows[block * room.steps + r / P * wide], wide, &sums[c * wide], wide, true);
+        };
+        add_turned(room.weights, room.dout_steps, room.dv);
+        add_turned(room.ds_by_queries, room.q_steps, room.dk);
+        product(group, wide / WIDTH, (r + group) / P, room.ds_by_keys() + c * BLOCK / P, Tiled<BLOCK / P, 1>{TILE * BLOCK / P},
+                room.k_steps.get(), wide, &room.dq[(m0 + c) * wide], wide, true);
+    }
 }
 
 // dk and dv are each query head's own: [batch, seq, heads, dim].
 template <class F, class T, class G>
 void backward(const Shape& s, const T* dout, const T* q, const T* k, const T* v, const T* o, const float* lse, const int32_t* start,
               float scale, T* dq, G* dk, G* dv) {
-    const long wide = up(s.dim, WIDTH), token = s.heads * s.dim, packed[3] = {s.seq * token, token, s.dim};
+    const long token = s.heads * s.dim, packed[3] = {s.seq * token, token, s.dim};
 #pragma omp parallel num_threads(s.threads)
     {
-        const Room<F> room(wide, up(s.seq, BLOCK) / BLOCK);
+        const Room<F> room(s.dim, s.seq);
+        const long wide = room.wide;
 #pragma omp for schedule(dynamic)
         for (long task = 0; task < s.batch * s.heads; task++) {
             const Head head = head_of(s, start, task);
@@ -215,16 +273,7 @@ void backward(const Shape& s, const T* dout, const T* q, const T* k, const T* v,
                 pack_turned(room.v_turned.get(), v_h.from(n0), BLOCK, wide);
                 pack_steps(room.k_steps.get(), k_h.from(n0), BLOCK, wide);
                 for (float* sums : {room.dk.get(), room.dv.get()}) std::memset(sums, 0, BLOCK * wide * sizeof(float));
-                for (long m0 = n0; m0 < s.seq && head.first(m0) < n0 + BLOCK; m0 += BLOCK) {
-                    const long block = m0 / BLOCK * room.size;
-                    multiply(BLOCK, wide, room.q_rows.get() + block, room.k_turned.get(), room.scores.get());
-                    multiply(BLOCK, wide, room.dout_rows.get() + block, room.v_turned.get(), room.grads.get());
-                    soften_again(head, s, scale, m0, n0, room.scores.get(), room.grads.get(), &room.lse[m0], &room.delta[m0],
-                                 room.weights.get(), room.ds_by_queries.get(), room.ds_by_keys());
-                    add_turned(wide, room.weights.get(), room.dout_steps() + block, room.dv.get());
-                    add_turned(wide, room.ds_by_queries.get(), room.q_steps() + block, room.dk.get());
-                    add(BLOCK, wide, room.ds_by_keys(), room.k_steps.get(), &room.dq[m0 * wide]);
-                }
+                for (long m0 = n0; m0 < s.seq && head.first(m0) < n0 + BLOCK; m0 += BLOCK) add_block(room, head, s, scale, m0, n0);
                 for (long n = n0; n < s.seq && n < n0 + BLOCK; n++) {
                     store_row(dk + place + n * token, &room.dk[(n - n0) * wide], scale, s.dim);
                     store_row(dv + place + n * token, &room.dv[(n - n0) * wide], 1, s.dim);

@@ -29,18 +29,20 @@ template <class T> inline vec piece(const T* row, long column, long dim) {
     return out;
 }
 
+// The first `count` numbers of a vector, at most all.
+template <class T> inline void store_piece(T* to, vec x, long count) {
+    if (count >= WIDTH) {
+        store(to, x);
+    } else {
+        T part[WIDTH];
+        store(part, x);
+        std::memcpy(to, part, count * sizeof(T));
+    }
+}
+
 // The first `dim` of a row of numbers, times `factor`.
 template <class T> inline void store_row(T* to, const float* from, float factor, long dim) {
-    for (long c = 0; c < dim; c += WIDTH) {
-        const vec x = load(from + c) * factor;
-        if (c + WIDTH <= dim) {
-            store(to + c, x);
-        } else {
-            T last[WIDTH];
-            store(last, x);
-            std::memcpy(to + c, last, (dim - c) * sizeof(T));
-        }
-    }
+    for (long c = 0; c < dim; c += WIDTH) store_piece(to + c, load(from + c) * factor, dim - c);
 }
 
 // `rows` rows of `dim` numbers, `stride` apart, of which there are `present`; the rest, and numbers from dim to wide, are 0.

@@ -46,7 +46,7 @@ template <class T> struct Product {
             const int vectors = (smaller(PANEL, s.columns - i * PANEL) + WIDTH - 1) / WIDTH;
             const F* panel = packed + i * size + k / IN * PANEL;
             const Ahead ahead = i + 1 < panels ? Ahead(panel + size, factors * PANEL, tiles) : Ahead();
-            product(rows, vectors, factors, packed_a, {1, TILE, size_a}, panel, PANEL, sums + i * PANEL, row, k > 0, ahead);
+            product(rows, vectors, factors, packed_a, Tiles{size_a}, panel, always<PANEL>, sums + i * PANEL, row, k > 0, ahead);
         }
     }
 

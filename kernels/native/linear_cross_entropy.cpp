@@ -140,8 +140,8 @@ template <class F, class T> struct Job {
     template <bool LARGEST_ONLY> void over_logits(const Room& room, long b, long place, long v0, long now) {
         const long wide = even_wide();
         float* logits = room.logits.get();
-        product(now, TOKENS / WIDTH, wide / P, room.weight_rows.get(), {1, TILE, room.logit_tile}, turned_block(room, place),
-                TOKENS, logits, TOKENS, false);
+        product(now, TOKENS / WIDTH, wide / P, room.weight_rows.get(), Tiles{room.logit_tile}, turned_block(room, place),
+                always<TOKENS>, logits, always<TOKENS>, false);
         if (LARGEST_ONLY) {
             for (long v = 0; v < now; v++)
                 for (long n = b * TOKENS, c = 0; c < TOKENS; c += WIDTH)
@@ -150,8 +150,8 @@ template <class F, class T> struct Job {
         }
         exponentials(b * TOKENS, v0, now, logits, room.numerators.get());
         if (grad_hidden)
-            product(s.wide, TOKENS / WIDTH, up(now, 2) / P, room.weight_columns.get(), {1, TILE, room.gradient_tile},
-                    room.numerators.get(), TOKENS, block_of_others(b), TOKENS, true);
+            product(s.wide, TOKENS / WIDTH, up(now, 2) / P, room.weight_columns.get(), Tiles{room.gradient_tile},
+                    room.numerators.get(), always<TOKENS>, block_of_others(b), always<TOKENS>, true);
     }
 
     int panel_vectors(long i) const { return (smaller(PANEL, s.wide - i * PANEL) + WIDTH - 1) / WIDTH; }
@@ -268,7 +268,7 @@ template <class F, class T> struct Job {
                 const long now = smaller(rows, s.vocab - v0);
                 for (long n = 0; n < used; n += MOST_STEPS)
                     for (long i = 0; i < panels(); i++)
-                        product(now, panel_vectors(i), smaller(MOST_STEPS, used - n), kept_from(v0, n * P), {1, TILE, kept_tile()},
+                        product(now, panel_vectors(i), smaller(MOST_STEPS, used - n), kept_from(v0, n * P), Tiles{kept_tile()},
                                 scaled.get() + (i * steps + n) * PANEL, PANEL, sums.get() + i * PANEL, columns, n > 0);
                 for (long v = 0; v < now; v++) add_weight_gradient(v0 + v, sums.get() + v * columns);
             }

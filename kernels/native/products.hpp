@@ -40,18 +40,26 @@ typedef float bf16_factor;  // multiplied as fp32
 
 constexpr int MOST_STEPS = 192;  // summed in registers before they are added to what was summed before
 
-// Rows and vectors of c that registers hold at once, beside a row of b and a number of a.
+// Vectors and rows of c that registers hold at once, beside a row of b and a number of a; one vector holds as many as the rows.
 #if defined(__AVX512F__) || defined(__aarch64__)
 constexpr int MOST_VECTORS = 4;
-constexpr int rows_for(int vectors) { return vectors == 4 ? 6 : vectors == 3 ? 8 : 12; }
 #else
 constexpr int MOST_VECTORS = 2;
-constexpr int rows_for(int vectors) { return vectors == 2 ? 6 : 8; }
 #endif
+constexpr int TILE = WIDTH < 6 ? WIDTH : 6;
 
-template <int ROWS, int VECTORS, class Factor>
-inline void tile(const Factor* a, ptrdiff_t a_row, ptrdiff_t a_step, const Factor* b, ptrdiff_t b_step, float* c, ptrdiff_t c_row,
-                 int steps, bool add) {
+// A distance that the compiler knows.
+template <long N> constexpr std::integral_constant<long, N> always = {};
+
+// How a lies, in elements: from row to row of a tile, from step to step, and from tile to tile.
+template <int ROW_, int STEP_> struct Tiled {
+    static constexpr int ROW = ROW_, STEP = STEP_;
+    long next;
+};
+typedef Tiled<1, TILE> Tiles;  // packed: all rows of a step side by side, which is read fastest
+
+template <int ROWS, int VECTORS, class A, class Factor, class B, class C>
+inline void tile(const Factor* a, const Factor* b, B b_step, float* c, C c_row, int steps, bool add) {
     vec total[ROWS][VECTORS];
 #pragma GCC unroll 16
     for (int r = 0; r < ROWS; r++)
@@ -61,13 +69,15 @@ inline void tile(const Factor* a, ptrdiff_t a_row, ptrdiff_t a_step, const Facto
             // It is read and written at the end, and seldom lies in the first cache.
             __builtin_prefetch(c + r * c_row + v * WIDTH, 1);
         }
-    for (int k = 0; k < steps; k++, a += a_step, b += b_step) {
+    // By two: where another thread has a half of the core, each instruction of the loop itself costs.
+#pragma GCC unroll 2
+    for (int k = 0; k < steps; k++, a += A::STEP, b += b_step) {
         decltype(factors(b)) row[VECTORS];
 #pragma GCC unroll 4
         for (int v = 0; v < VECTORS; v++) row[v] = factors(b + v * WIDTH);
 #pragma GCC unroll 16
         for (int r = 0; r < ROWS; r++) {
-            const auto left = broadcast(a + r * a_row);
+            const auto left = broadcast(a + r * A::ROW);
 #pragma GCC unroll 4
             for (int v = 0; v < VECTORS; v++) add_multiplied(total[r][v], left, row[v]);
         }
@@ -82,13 +92,10 @@ inline void tile(const Factor* a, ptrdiff_t a_row, ptrdiff_t a_step, const Facto
 }
 
 // The same for the last rows, fewer than a whole tile has.
-template <int ROWS, int VECTORS, class Factor>
-inline void last_tile(int rows, const Factor* a, ptrdiff_t a_row, ptrdiff_t a_step, const Factor* b, ptrdiff_t b_step, float* c,
-                      ptrdiff_t c_row, int steps, bool add) {
-    if (rows == ROWS)
-        tile<ROWS, VECTORS>(a, a_row, a_step, b, b_step, c, c_row, steps, add);
-    else if constexpr (ROWS > 1)
-        last_tile<ROWS - 1, VECTORS>(rows, a, a_row, a_step, b, b_step, c, c_row, steps, add);
+template <int ROWS, int VECTORS, class A, class Factor, class B, class C>
+inline void last_tile(int rows, const Factor* a, const Factor* b, B b_step, float* c, C c_row, int steps, bool add) {
+    if (rows == ROWS) tile<ROWS, VECTORS, A>(a, b, b_step, c, c_row, steps, add);
+    else if constexpr (ROWS > 1) last_tile<ROWS - 1, VECTORS, A>(rows, a, b, b_step, c, c_row, steps, add);
 }
 
 // Memory that is wanted next: fetched into the second cache little by little, while products are made.
@@ -104,39 +111,29 @@ struct Ahead {
     }
 };
 
-constexpr int TILE = rows_for(MOST_VECTORS) < WIDTH ? rows_for(MOST_VECTORS) : WIDTH;  // rows that one vector holds as well
-
-// How a lies, in elements: from row to row, from step to step, and from tile to tile if it is packed in tiles of TILE rows.
-struct Strides {
-    ptrdiff_t row, step, tile = 0;
-};
-
-template <int VECTORS, int ROWS, class Factor>
-inline void columns(int rows, const Factor* a, Strides a_by, const Factor* b, ptrdiff_t b_step, float* c, ptrdiff_t c_row,
-                    int steps, bool add, Ahead& ahead) {
-    const ptrdiff_t next = a_by.tile ? a_by.tile : ROWS * a_by.row;
-    for (; rows >= ROWS; rows -= ROWS, a += next, c += ROWS * c_row) {
+template <int VECTORS, class A, class Factor, class B, class C>
+inline void columns(int rows, const Factor* a, A a_by, const Factor* b, B b_step, float* c, C c_row, int steps, bool add,
+                    Ahead& ahead) {
+    for (; rows >= TILE; rows -= TILE, a += a_by.next, c += TILE * c_row) {
         ahead.fetch();
-        tile<ROWS, VECTORS>(a, a_by.row, a_by.step, b, b_step, c, c_row, steps, add);
+        tile<TILE, VECTORS, A>(a, b, b_step, c, c_row, steps, add);
     }
-    if (rows) last_tile<ROWS - 1, VECTORS>(rows, a, a_by.row, a_by.step, b, b_step, c, c_row, steps, add);
+    if (rows) last_tile<TILE - 1, VECTORS, A>(rows, a, b, b_step, c, c_row, steps, add);
 }
 
 // c[r, n] (+)= sum over k of a[r, k] b[k, n], for `rows` r, `steps` k and `vectors` x WIDTH n.
 // Distances in elements: b's between steps, c's between rows. Many steps are summed in parts, which keeps b in a cache and the
 // sum's rounding errors small.
-template <class Factor>
-inline void product(int rows, int vectors, int steps, const Factor* a, Strides a_by, const Factor* b, ptrdiff_t b_step, float* c,
-                    ptrdiff_t c_row, bool add, Ahead ahead = {}) {
+template <class Factor, class A, class B, class C>
+inline void product(int rows, int vectors, int steps, const Factor* a, A a_by, const Factor* b, B b_step, float* c, C c_row, bool add,
+                    Ahead ahead = {}) {
     while (vectors > 0) {
         const int pieces = (vectors + MOST_VECTORS - 1) / MOST_VECTORS, now = (vectors + pieces - 1) / pieces;
         for (int k = 0; k < steps; k += MOST_STEPS) {
             const int part = steps - k < MOST_STEPS ? steps - k : MOST_STEPS;
-            const Factor *a_k = a + k * a_by.step, *b_k = b + k * b_step;
             const auto with = [&](auto vectors_now) {
                 constexpr int VECTORS = decltype(vectors_now)::value;
-                if (a_by.tile) columns<VECTORS, TILE>(rows, a_k, a_by, b_k, b_step, c, c_row, part, add || k > 0, ahead);
-                else columns<VECTORS, rows_for(VECTORS)>(rows, a_k, a_by, b_k, b_step, c, c_row, part, add || k > 0, ahead);
+                columns<VECTORS>(rows, a + k * A::STEP, a_by, b + k * b_step, b_step, c, c_row, part, add || k > 0, ahead);
             };
             if (now == 1) with(std::integral_constant<int, 1>());
             if (now == 2) with(std::integral_constant<int, 2>());
