@@ -1,5 +1,5 @@
-"""The plain linear layer: the vendor's product, but on CPUs where it is slow: in fp32 on AMD's with AVX-512, of which MKL leaves a
-part idle, and in bf16 on all that do not multiply bf16 themselves, where torch is tens of times slower than in fp32.
+"""The plain linear layer: the vendor's product, but on CPUs where it is slow: in fp32 on AMD's, of which MKL leaves a part idle,
+and in bf16 on all that do not multiply bf16 themselves, where torch is tens of times slower than in fp32.
 """
 
 from __future__ import annotations

@@ -34,17 +34,19 @@ from megaspark.kernels.linear_cross_entropy import linear_cross_entropy, linear_
 # Planted bugs that these, test_attention.py and test_linear_cross_entropy.py caught, each alone. Attention: a key of the future
 # seen, a document's first key not; a block taken for wholly seen by its first or its last query alone; a block of keys left
 # out, forward and backward; heads paired by h % K; sums or outputs that keep an old shift; -inf - -inf; the softmax's sums
-# without their shift; delta left out; dK without its scale; the first sequence's documents for all; every second row of dS not
-# stored. Layouts: a row's neighbour twice; the last number of a row, or the end of an output's row, forgotten; a neighbour's
-# scale. Products: the last row of registers forgotten; later steps that overwrite; pairs the wrong way round. Rounding cut off.
-# The head: exp without its upper end; the label's numerator counted twice; an odd token lost; chunks that overwrite; an ignored
-# token with a gradient; half of z-loss; no second try after an overflow; the label's gradient not stored; numerators kept in
-# another tile's place, in another row's, or one row for two; a tile's later rows left out; the first token's gradient for all;
-# sums begun with what was there. Linear layers: parts of a sum that overwrite, or add to what was there; the first tile for
-# all; the first part of a panel for all; a block's last row not packed, or not multiplied; columns beyond the last whole vector
-# stored; steps beyond the end; the last block's rows forgotten; a thread without rows. Tiles: the wrong rows exchanged; the
-# first row for all; no room for what the last store leaves behind. What survived changes no result: the sums of rows that are
-# padding, columns beyond b's last that are multiplied and dropped, 1e-38 in place of 0, a NaN of rare bits.
+# without their shift; a shift that stays until exp is infinite; another query's shift or sum; the diagonal's keys or queries
+# cut two too early; keys beyond the last; delta left out; dK without its scale; the first sequence's documents for all; every
+# second row of dS not stored. Layouts: a row's neighbour twice; the last number of a row, or the end of an output's row,
+# forgotten; a neighbour's scale. Products: the last row of registers forgotten; later steps that overwrite; pairs the wrong way
+# round. Rounding cut off. The head: exp without its upper end; the label's numerator counted twice; an odd token lost; chunks
+# that overwrite; an ignored token with a gradient; half of z-loss; no second try after an overflow; the label's gradient not
+# stored; numerators kept in another tile's place, in another row's, or one row for two; a tile's later rows left out; the first
+# token's gradient for all; sums begun with what was there. Linear layers: parts of a sum that overwrite, or add to what was
+# there; the first tile for all; the first part of a panel for all; a block's last row not packed, or not multiplied; columns
+# beyond the last whole vector stored; steps beyond the end; the last block's rows forgotten; a thread without rows. Tiles: the
+# wrong rows exchanged; the first row for all; no room for what the last store leaves behind. What survived changes no result:
+# the sums of rows that are padding, columns beyond b's last that are multiplied and dropped, 1e-38 in place of 0, a NaN of rare
+# bits.
 DTYPES = [torch.float32, torch.bfloat16]
 HEADS = (partial(linear_cross_entropy, backend="native"), linear_cross_entropy_reference)
 # What -march=native may mean elsewhere: vectors of 16 numbers without products of bf16, of 8, and of 4.
@@ -79,14 +81,17 @@ def starts_of(S: int, cuts: list[int]) -> Tensor:
 
 
 def check_attention(S: int, heads: int, kv_heads: int, D: int, dtype: torch.dtype, seen: Any = None, scale: float | None = None,
-                    batch: int = 2) -> None:  # fmt: skip
-    """By the error's norm, at most twice plain torch's, or a few roundings of the largest result.
+                    batch: int = 2, grows: float = 0) -> None:  # fmt: skip
+    """By the error's norm, at most twice plain torch's, or a few roundings of the largest result. Scores grow by `grows` a key.
 
     Where a query sees one key, torch subtracts two equal numbers and has a gradient of exactly 0; here, as in every flash
     attention, both come from sums of their own over D products in fp32.
     """
     shapes = {"q": (heads, 1), "k": (kv_heads, 2), "v": (kv_heads, 3)}
     inputs = {name: normal(batch, S, count, D, seed=seed) for name, (count, seed) in shapes.items()}
+    if grows:
+        inputs["q"][..., 0] = D**0.5
+        inputs["k"][..., 0] = grows * torch.arange(S)[:, None]
     op, plain = (partial(run_attention, backend=backend, seen=seen, scale=scale) for backend in ("native", "plain"))
     exact, torchs = results(plain, torch.float64, inputs), results(plain, dtype, inputs)
     with poisoned_memory():
@@ -127,6 +132,14 @@ def test_attention_over_documents_and_windows(S, cuts, window, D, heads, dtype, 
     """A block taken for wholly seen or wholly unseen that is not; a row of a block that sees nothing of it makes NaN."""
     seen = spans_from_starts(starts_of(S, [c for c in cuts if c < S]), window, dtype, "native")
     check_attention(S, *heads, D, dtype, seen, scale, batch=1)
+
+
+@pytest.mark.parametrize("grows", [-3.0, 0.05, 3.0])
+def test_attention_whose_scores_grow_or_fall(compiled_for, grows):
+    """Sums under a shift of long ago: infinite, where later scores are larger by hundreds, or with what it was before; their
+    logarithm."""
+    for D in (16, 24):
+        check_attention(200, 2, 1, D, torch.float32, grows=grows)
 
 
 def test_attention_of_sequences_with_documents_of_their_own():

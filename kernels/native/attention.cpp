@@ -222,8 +222,8 @@ void soften_again(const Room<F>& room, const Head& head, const Shape& s, float s
         }
 }
 
-// What a block of queries, from m0 on, adds to the gradients of the keys and values from n0 on, and they to its own. On the diagonal
-// no query before a panel's first key is computed.
+// What a block of queries, from m0 on, adds to the gradients of the keys and values from n0 on, and these to its own. On the
+// diagonal no query before a panel's first key is computed.
 template <class F> void add_block(const Room<F>& room, const Head& head, const Shape& s, float scale, long m0, long n0) {
     constexpr int P = IN_FACTOR<F>;
     const bool diagonal = m0 == n0;

@@ -50,6 +50,8 @@ template <class T> struct Matrix {
     const T* x;
     long stride, present, dim;
     const T* row(long n) const { return n < present ? x + n * stride : nullptr; }
+    // Rows lie too far apart for the CPU to fetch the next ones by itself. There need not be such a row.
+    void fetch(long n, long c) const { __builtin_prefetch(x + n * stride + c); }
     Matrix from(long n) const { return {x + n * stride, stride, present - n, dim}; }
     Matrix rows(long most) const { return {x, stride, smaller(present, most), dim}; }
     Matrix columns(long c, long most) const { return {x + c, stride, present, smaller(dim - c, most)}; }
@@ -104,6 +106,8 @@ template <class F, class T> void pack_turned(F* to, const Matrix<T>& m, long row
     for (long n = 0; n < rows; n += WIDTH)
         for (long k = 0; k < wide / P; k += WIDTH) {
             vec x[WIDTH];
+            if (k % (2 * WIDTH) == 0)
+                for (long r = n; r < rows && r < n + WIDTH; r++) m.fetch(r + rows, k * P);
             for (long r = 0; r < WIDTH; r++) x[r] = n + r < rows ? factors_from<F>(m.row(n + r), k * P, m.dim) : vec{};
             turn(x);
             for (long i = 0; i < WIDTH && k + i < wide / P; i++) store_as(to + (k + i) * rows + n, x[i]);
@@ -119,9 +123,11 @@ template <class F, class T> void pack_turned_tiles(F* to, const Matrix<T>& m, lo
 // which the next one overwrites in part: after the last there is padding.
 template <class F, class T> void pack_tiles(F* to, const Matrix<T>& m, long dim, long size) {
     for (long n = 0; n < m.present; n += 2)
-        for (long c = 0; c < dim; c += TILE)
+        for (long c = 0; c < dim; c += TILE) {
+            m.fetch(n + 8, c), m.fetch(n + 9, c);
             put_rows(to + c / TILE * size + n / IN_FACTOR<F> * TILE, TILE, piece(m.row(n), c, m.dim),
                      piece(m.row(n + 1), c, m.dim));
+        }
 }
 
 // Factors of a packed tile of so many steps, padding included.

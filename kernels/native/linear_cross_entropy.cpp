@@ -22,6 +22,7 @@ struct Shape {
 
 template <class F, class T> struct Job {
     static constexpr int P = IN_FACTOR<F>;
+    typedef std::conditional_t<P == 1, T, F> K;  // what is kept: pairs as they are, else bf16 that is multiplied as fp32
     const Shape& s;
     const T *hidden, *weight;
     const int64_t* labels;
@@ -29,7 +30,7 @@ template <class F, class T> struct Job {
     float* losses;
     T* grad_hidden;  // or null
     void* grad_weight;
-    Buffer<F> kept;  // numerators [tile of the vocabulary][token][row of the tile]
+    Buffer<K> kept;  // numerators [tile of the vocabulary][token][row of the tile]
 
     // Of the tokens [first, first + count) that are gone over together.
     long first = 0, count = 0;
@@ -39,7 +40,7 @@ template <class F, class T> struct Job {
     long panels() const { return (s.wide + PANEL - 1) / PANEL; }
     long padded() const { return up(count, TOKENS); }
     long kept_tile() const { return smaller(s.chunk, up(s.tokens, TOKENS)) / P * TILE; }
-    F* kept_from(long v, long n) const { return kept.get() + v / TILE * kept_tile() + n / P * TILE; }
+    K* kept_from(long v, long n) const { return kept.get() + v / TILE * kept_tile() + n / P * TILE; }
     // Of the vocabulary, as measured (docs/LOG.md): what is packed of them has to stay in a cache. Whole tiles.
     long rows_at_once() const { return WIDTH < 16 ? 96 : even_wide() * (long)sizeof(T) <= 1536 ? 240 : 120; }
     long label(long n) const { return labels[first + n] == s.ignore_index ? 0 : (long)labels[first + n]; }
@@ -53,7 +54,7 @@ template <class F, class T> struct Job {
         const long most = up(smaller(s.chunk, s.tokens), TOKENS);
         for (auto* x : {&shift, &total, &scale, &at_label, &label_logit}) *x = buffer<float>(most);
         if (grad_hidden) others = buffer<float>(most * s.wide);
-        if (grad_weight) kept = buffer<F>(up(s.vocab, TILE) / TILE * kept_tile());
+        if (grad_weight) kept = buffer<K>(up(s.vocab, TILE) / TILE * kept_tile() + WIDTH);
     }
 
     void run() {
@@ -185,7 +186,7 @@ template <class F, class T> struct Job {
     static constexpr long LINE = up(TOKENS / P, WIDTH);  // factors of a row's numerators, and what makes them whole vectors
 
     // A tile of rows, turned. Not to be read soon, they pass by the caches.
-    static void keep_tile(F* kept, const F (&lines)[TILE][LINE]) {
+    static void keep_tile(K* kept, const F (&lines)[TILE][LINE]) {
         alignas(64) F turned[TOKENS / P * TILE + WIDTH];
 #pragma GCC unroll 8
         for (long k = 0; k < TOKENS / P; k += WIDTH) {
@@ -198,7 +199,11 @@ template <class F, class T> struct Job {
                 if (k + i < TOKENS / P) store_as(turned + (k + i) * TILE, x[i]);  // the next one overwrites what is too much
         }
         static_assert(TOKENS / P * TILE % WIDTH == 0);
-        for (long i = 0; i < TOKENS / P * TILE; i += WIDTH) store_past_caches(kept + i, load_as<vec>(turned + i));
+        for (long i = 0; i < TOKENS / P * TILE; i += WIDTH) {
+            const vec x = load_as<vec>(turned + i);
+            if constexpr (P == 1) store_past_caches(kept + i, x);
+            else store_past_caches((float*)(kept + i), x);
+        }
     }
 
     static void clear(F* numerators, long v, long n) {
@@ -239,9 +244,7 @@ template <class F, class T> struct Job {
     void keep(long v, long n, float x) {
         T number[WIDTH];
         store(number, splat(x));
-        F* place = kept_from(v, n) + v % TILE;
-        if constexpr (P == 1) *place = to_float(number[0]);
-        else ((T*)place)[n % P] = number[0];
+        ((T*)(kept_from(v, n) + v % TILE))[n % P] = number[0];
     }
 
     void add_weight_gradient(long v, const float* sums) {
@@ -254,10 +257,12 @@ template <class F, class T> struct Job {
     // The weights' gradient: blocks of the vocabulary in parallel, each over all tokens.
     void over_vocab() {
         const long rows = rows_at_once(), columns = panels() * PANEL, steps = padded() / P, used = up(count, 2) / P;
+        const Tiles tiles{std::is_same_v<F, K> ? kept_tile() : MOST_STEPS * TILE};
         auto scaled = buffer<F>(columns * steps);
 #pragma omp parallel num_threads(s.threads)
         {
             auto sums = buffer<float>(rows * columns);
+            auto widened = buffer<F>(std::is_same_v<F, K> ? 0 : (rows / TILE + 1) * tiles.next);
 #pragma omp for schedule(static)
             for (long n = 0; n < padded(); n += TOKENS)
                 for (long i = 0; i < panels(); i++)
@@ -266,12 +271,27 @@ template <class F, class T> struct Job {
 #pragma omp for schedule(dynamic)
             for (long v0 = 0; v0 < s.vocab; v0 += rows) {
                 const long now = smaller(rows, s.vocab - v0);
-                for (long n = 0; n < used; n += MOST_STEPS)
+                for (long n = 0; n < used; n += MOST_STEPS) {
+                    const long part = smaller(MOST_STEPS, used - n);
+                    const F* numerators = factors_of(kept_from(v0, n * P), now, part, widened.get());
                     for (long i = 0; i < panels(); i++)
-                        product(now, panel_vectors(i), smaller(MOST_STEPS, used - n), kept_from(v0, n * P), Tiles{kept_tile()},
-                                scaled.get() + (i * steps + n) * PANEL, PANEL, sums.get() + i * PANEL, columns, n > 0);
+                        product(now, panel_vectors(i), part, numerators, tiles, scaled.get() + (i * steps + n) * PANEL,
+                                always<PANEL>, sums.get() + i * PANEL, columns, n > 0);
+                }
                 for (long v = 0; v < now; v++) add_weight_gradient(v0 + v, sums.get() + v * columns);
             }
+        }
+    }
+
+    // Kept numerators of `rows` rows and `steps` steps as factors: themselves, or in fp32 in `widened`.
+    const F* factors_of(const K* from, long rows, long steps, F* widened) const {
+        if constexpr (std::is_same_v<F, K>) {
+            return from;
+        } else {
+            for (long t = 0; t * TILE < rows; t++)
+                for (long i = 0; i < steps * TILE; i += WIDTH)
+                    store(widened + t * MOST_STEPS * TILE + i, load(from + t * kept_tile() + i));
+            return widened;
         }
     }
 };

@@ -125,8 +125,8 @@ inline void columns(int rows, const Factor* a, A a_by, const Factor* b, B b_step
 // Distances in elements: b's between steps, c's between rows. Many steps are summed in parts, which keeps b in a cache and the
 // sum's rounding errors small.
 template <class Factor, class A, class B, class C>
-inline void product(int rows, int vectors, int steps, const Factor* a, A a_by, const Factor* b, B b_step, float* c, C c_row, bool add,
-                    Ahead ahead = {}) {
+inline void product(int rows, int vectors, int steps, const Factor* a, A a_by, const Factor* b, B b_step, float* c, C c_row,
+                    bool add, Ahead ahead = {}) {
     while (vectors > 0) {
         const int pieces = (vectors + MOST_VECTORS - 1) / MOST_VECTORS, now = (vectors + pieces - 1) / pieces;
         for (int k = 0; k < steps; k += MOST_STEPS) {

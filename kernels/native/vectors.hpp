@@ -60,14 +60,23 @@ inline hvec rounded(vec x) {
 inline void store(float* to, vec x) { store_as(to, x); }
 inline void store(bf16* to, vec x) { store_as(to, rounded(x)); }
 
-// To an address that is a multiple of a vector's size, and seen by other threads after passed_caches().
-template <class T> inline void store_past_caches(T* to, vec x) {
+// To an address that is a multiple of what is stored, and seen by other threads after passed_caches().
+inline void store_past_caches(float* to, vec x) {
 #if defined(__AVX512F__)
-    _mm512_stream_ps((float*)to, (__m512)x);
+    _mm512_stream_ps(to, (__m512)x);
 #elif defined(__FMA__)
-    _mm256_stream_ps((float*)to, (__m256)x);
+    _mm256_stream_ps(to, (__m256)x);
 #else
-    store_as(to, x);
+    store(to, x);
+#endif
+}
+inline void store_past_caches(bf16* to, vec x) {
+#if defined(__AVX512F__)
+    _mm256_stream_si256((__m256i*)to, (__m256i)rounded(x));
+#elif defined(__FMA__)
+    _mm_stream_si128((__m128i*)to, (__m128i)rounded(x));
+#else
+    store(to, x);
 #endif
 }
 inline void passed_caches() {
