@@ -20,6 +20,8 @@ struct Shape {
     long threads;
 };
 
+// Vectors of queries going forward, of keys going backward, that are softened together: a part of a block, so that on the diagonal
+// most of what nobody sees can be left out.
 constexpr int VECTORS = MOST_VECTORS < BLOCK / WIDTH / 2 ? MOST_VECTORS : BLOCK / WIDTH / 2, PANEL = VECTORS * WIDTH;
 
 struct Head {
