@@ -122,8 +122,8 @@ inline void columns(int rows, const Factor* a, A a_by, const Factor* b, B b_step
 }
 
 // c[r, n] (+)= sum over k of a[r, k] b[k, n], for `rows` r, `steps` k and `vectors` x WIDTH n.
-// Distances in elements: b's between steps, c's between rows. Many steps are summed in parts, which keeps b in a cache and the
-// sum's rounding errors small.
+// Distances in elements: b's between steps, c's between rows, each a number or an `always`. Many steps are summed in parts, which
+// keeps b in a cache and the sum's rounding errors small.
 template <class Factor, class A, class B, class C>
 inline void product(int rows, int vectors, int steps, const Factor* a, A a_by, const Factor* b, B b_step, float* c, C c_row,
                     bool add, Ahead ahead = {}) {
