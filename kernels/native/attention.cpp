@@ -136,7 +136,7 @@ void forward(const Shape& s, const T* q, const T* k, const T* v, const int32_t* 
             for (long m0 = 0; m0 < s.seq; m0 += BLOCK) {
                 std::memset(outs.get(), 0, PANELS * out_size * sizeof(float));
                 for (int p = 0; p < PANELS; p++) {
-                    pack_turned(qs.get() + p * q_size, q_h.from(m0 + p * PANEL), PANEL, wide);
+                    pack_turned<PANEL>(qs.get() + p * q_size, q_h.from(m0 + p * PANEL), wide);
                     panels[p].begin(head, s, m0 + p * PANEL);
                 }
                 for (long n0 = head.first(m0) / BLOCK * BLOCK; n0 <= m0; n0 += BLOCK) {
@@ -271,8 +271,8 @@ void backward(const Shape& s, const T* dout, const T* q, const T* k, const T* v,
             enter(room, matrix(q, s.q, s, head.b, head.h), matrix(dout, s.dout, s, head.b, head.h),
                   matrix(o, packed, s, head.b, head.h), lse + (head.b * s.heads + head.h) * s.seq);
             for (long n0 = 0; n0 < s.seq; n0 += BLOCK) {
-                pack_turned(room.k_turned.get(), k_h.from(n0), BLOCK, wide);
-                pack_turned(room.v_turned.get(), v_h.from(n0), BLOCK, wide);
+                pack_turned<BLOCK>(room.k_turned.get(), k_h.from(n0), wide);
+                pack_turned<BLOCK>(room.v_turned.get(), v_h.from(n0), wide);
                 pack_steps(room.k_steps.get(), k_h.from(n0), BLOCK, wide);
                 for (float* sums : {room.dk.get(), room.dv.get()}) std::memset(sums, 0, BLOCK * wide * sizeof(float));
                 for (long m0 = n0; m0 < s.seq && head.first(m0) < n0 + BLOCK; m0 += BLOCK) add_block(room, head, s, scale, m0, n0);

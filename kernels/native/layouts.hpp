@@ -52,32 +52,44 @@ template <class T> struct Matrix {
     const T* row(long n) const { return n < present ? x + n * stride : nullptr; }
     // Rows lie too far apart for the CPU to fetch the next ones by itself. There need not be such a row.
     void fetch(long n, long c) const { __builtin_prefetch(x + n * stride + c); }
+    // Whether all of the numbers [c, c + numbers) of the rows [n, n + rows) are there.
+    bool holds(long n, long rows, long c, long numbers) const { return n + rows <= present && c + numbers <= dim; }
+    // The numbers of row n from c on; WHOLE: all of them are known to be there.
+    template <bool WHOLE> vec at(long n, long c) const { return WHOLE ? load(x + n * stride + c) : piece(row(n), c, dim); }
     Matrix from(long n) const { return {x + n * stride, stride, present - n, dim}; }
     Matrix rows(long most) const { return {x, stride, smaller(present, most), dim}; }
     Matrix columns(long c, long most) const { return {x + c, stride, present, smaller(dim - c, most)}; }
 };
 
-// [row][number]: to be summed over numbers.
-template <class F, class T> void pack_rows(F* to, const Matrix<T>& m, long rows, long wide) {
-    for (long n = 0; n < rows; n++)
-        for (long c = 0; c < wide; c += WIDTH) put(to + (n * wide + c) / IN_FACTOR<F>, piece(m.row(n), c, m.dim));
-}
-
 // [row][number]: to be summed over rows, an even number of them; each times its scale, if there are scales.
 template <class F, class T> void pack_steps(F* to, const Matrix<T>& m, long rows, long wide, const float* scales = nullptr) {
-    for (long n = 0; n < rows; n += 2)
-        for (long c = 0; c < wide; c += WIDTH) {
-            vec upper = piece(m.row(n), c, m.dim), lower = piece(m.row(n + 1), c, m.dim);
-            if (scales) upper *= scales[n], lower *= scales[n + 1];
-            put_rows(to + n / IN_FACTOR<F> * wide + c, wide, upper, lower);
-        }
+    const auto copy = [&](auto whole) {
+        constexpr bool WHOLE = decltype(whole)::value;
+        for (long n = 0; n < rows; n += 2)
+            for (long c = 0; c < wide; c += WIDTH) {
+                vec upper = m.template at<WHOLE>(n, c), lower = m.template at<WHOLE>(n + 1, c);
+                if (scales) upper *= scales[n], lower *= scales[n + 1];
+                put_rows(to + n / IN_FACTOR<F> * wide + c, wide, upper, lower);
+            }
+    };
+    if (m.holds(0, rows, 0, wide)) copy(std::true_type());
+    else copy(std::false_type());
 }
 
-// x[r][c] becomes x[c][r].
+// x[r][c] becomes x[c][r]: first in groups of 4 lanes, where each step is one instruction, then the groups.
 inline void turn(vec (&x)[WIDTH]) {
+    const ivec lane = counted(), group = lane & ~3, i = lane & 3;
+    const ivec single = group + (i >> 1) + (i & 1) * WIDTH, twice = group + (i & 1) + (i >> 1) * WIDTH;
 #pragma GCC unroll 4
-    for (int apart = WIDTH / 2; apart > 0; apart /= 2) {
-        const ivec odd = (counted() & apart) != 0, upper = counted() + (odd & (WIDTH - apart)), lower = upper + apart;
+    for (int r = 0; r < WIDTH; r += 4) {
+        const vec low_a = __builtin_shuffle(x[r], x[r + 1], single), high_a = __builtin_shuffle(x[r], x[r + 1], single + 2);
+        const vec low_b = __builtin_shuffle(x[r + 2], x[r + 3], single), high_b = __builtin_shuffle(x[r + 2], x[r + 3], single + 2);
+        x[r] = __builtin_shuffle(low_a, low_b, twice), x[r + 1] = __builtin_shuffle(low_a, low_b, twice + 2);
+        x[r + 2] = __builtin_shuffle(high_a, high_b, twice), x[r + 3] = __builtin_shuffle(high_a, high_b, twice + 2);
+    }
+#pragma GCC unroll 2
+    for (int apart = 4; apart < WIDTH; apart *= 2) {
+        const ivec odd = (lane & apart) != 0, upper = lane + (odd & (WIDTH - apart)), lower = upper + apart;
 #pragma GCC unroll 16
         for (int r = 0; r < WIDTH; r++) {
             if (r & apart) continue;
@@ -87,47 +99,67 @@ inline void turn(vec (&x)[WIDTH]) {
     }
 }
 
-// A vector of factors, the first of which has number `c` of a row.
-template <class F, class T> inline vec factors_from(const T* row, long c, long dim) {
+// A vector of factors, the first of which has number `c` of row n.
+template <bool WHOLE, class F, class T> inline vec factors_at(const Matrix<T>& m, long n, long c) {
     constexpr int P = IN_FACTOR<F>;
     if constexpr (P == 1) {
-        return piece(row, c, dim);
+        return m.template at<WHOLE>(n, c);
+    } else if constexpr (WHOLE && std::is_same_v<T, bf16>) {
+        return load_as<vec>(m.x + n * m.stride + c);
     } else {
         F out[WIDTH];
-        for (int i = 0; i < P; i++) put(out + i * WIDTH / P, piece(row, c + i * WIDTH, dim));
+        for (int i = 0; i < P; i++) put(out + i * WIDTH / P, m.template at<WHOLE>(n, c + i * WIDTH));
         return load_as<vec>(out);
     }
 }
 
-// [number][row]: to be summed over numbers.
+// [number][row]: to be summed over numbers, `wide` of them, which is no less than there are.
 // If rows are no whole vectors, what is stored beyond a number's last row is overwritten by the next number, or is padding.
-template <class F, class T> void pack_turned(F* to, const Matrix<T>& m, long rows, long wide) {
-    constexpr int P = IN_FACTOR<F>;
-    for (long n = 0; n < rows; n += WIDTH)
-        for (long k = 0; k < wide / P; k += WIDTH) {
-            vec x[WIDTH];
-            if (k % (2 * WIDTH) == 0)
-                for (long r = n; r < rows && r < n + WIDTH; r++) m.fetch(r + rows, k * P);
-            for (long r = 0; r < WIDTH; r++) x[r] = n + r < rows ? factors_from<F>(m.row(n + r), k * P, m.dim) : vec{};
-            turn(x);
-            for (long i = 0; i < WIDTH && k + i < wide / P; i++) store_as(to + (k + i) * rows + n, x[i]);
+template <int ROWS, class F, class T> void pack_turned(F* to, const Matrix<T>& m, long wide) {
+    constexpr int P = IN_FACTOR<F>, TOGETHER = ROWS < WIDTH ? ROWS : WIDTH;
+    constexpr long LINE = up(64 / sizeof(T) / P, WIDTH);  // steps in a line of memory, all taken while a cache has it
+    static_assert(ROWS % TOGETHER == 0);
+    const long steps = wide / P;
+    const auto turned = [&](auto whole, long n, long k) __attribute__((always_inline)) {
+        vec x[WIDTH];
+#pragma GCC unroll 16
+        for (int r = 0; r < WIDTH; r++) x[r] = r < TOGETHER ? factors_at<decltype(whole)::value, F>(m, n + r, k * P) : vec{};
+        turn(x);
+#pragma GCC unroll 16
+        for (int i = 0; i < WIDTH; i++)
+            if (whole || k + i < steps) store_as(to + (k + i) * ROWS + n, x[i]);
+    };
+    for (long line = 0; line < steps; line += LINE)
+#pragma GCC unroll 4
+        for (long n = 0; n < ROWS; n += TOGETHER) {
+            for (int r = 0; r < TOGETHER; r++) m.fetch(n + r + ROWS, line * P);
+            for (long k = line; k < line + LINE && k < steps; k += WIDTH) {
+                if (m.holds(n, TOGETHER, k * P, WIDTH * P)) turned(std::true_type(), n, k);
+                else turned(std::false_type(), n, k);
+            }
         }
 }
 
 // [tile][number][row of a tile], TILE rows each, `size` apart: to be summed over numbers.
 template <class F, class T> void pack_turned_tiles(F* to, const Matrix<T>& m, long rows, long wide, long size) {
-    for (long n = 0; n < rows; n += TILE) pack_turned(to + n / TILE * size, m.from(n), TILE, wide);
+    for (long n = 0; n < rows; n += TILE) pack_turned<TILE>(to + n / TILE * size, m.from(n), wide);
 }
 
 // [tile][row][number of a tile], TILE numbers each, `size` apart: to be summed over rows. Each row is stored as a whole vector,
 // which the next one overwrites in part: after the last there is padding.
 template <class F, class T> void pack_tiles(F* to, const Matrix<T>& m, long dim, long size) {
-    for (long n = 0; n < m.present; n += 2)
-        for (long c = 0; c < dim; c += TILE) {
-            m.fetch(n + 8, c), m.fetch(n + 9, c);
-            put_rows(to + c / TILE * size + n / IN_FACTOR<F> * TILE, TILE, piece(m.row(n), c, m.dim),
-                     piece(m.row(n + 1), c, m.dim));
-        }
+    for (long n = 0; n < m.present; n += 2) {
+        for (long c = 0; c < dim; c += 64 / sizeof(T)) m.fetch(n + 8, c), m.fetch(n + 9, c);
+        F* place = to + n / IN_FACTOR<F> * TILE;
+        const auto copy = [&](auto whole, long c) {
+            constexpr bool WHOLE = decltype(whole)::value;
+            put_rows(place, TILE, m.template at<WHOLE>(n, c), m.template at<WHOLE>(n + 1, c));
+            place += size;
+        };
+        long c = 0;
+        for (; c < dim && m.holds(n, 2, c, WIDTH); c += TILE) copy(std::true_type(), c);
+        for (; c < dim; c += TILE) copy(std::false_type(), c);
+    }
 }
 
 // Factors of a packed tile of so many steps, padding included.

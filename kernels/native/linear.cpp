@@ -2,13 +2,16 @@
 //
 // b is laid out in panels of a few vectors' width. A part of the summed dimension at a time, a block of a's rows, in tiles,
 // meets all panels: it stays in the second cache, a panel's part in the first, where the next one is fetched meanwhile.
+#include <algorithm>
+#include <vector>
+
 #include "layouts.hpp"
 
 namespace {
 
 constexpr int PANEL = MOST_VECTORS * WIDTH;
-constexpr long ROWS = 240;  // of a at a time, at most
-constexpr long STEPS = 32;  // of b that are laid out at a time: few enough to be read as they lie in memory
+constexpr long MOST_ROWS = 240, LEAST_ROWS = 96;  // of a at a time
+constexpr long STEPS = 16;  // of b that are laid out at a time: few enough to be read as they lie in memory
 
 struct Shape {
     long rows, columns, steps;  // of c, of c, summed over
@@ -25,15 +28,30 @@ template <class T> struct Product {
     T* c;
     long panels = (s.columns + PANEL - 1) / PANEL, size = up(s.steps, WIDTH) / IN * PANEL;  // of one panel, in factors
 
-    // Steps [k, k + steps) of b, in panels of [step][column], 0 beyond its end.
-    void pack_b(F* to, long k, long steps) const {
-        for (long i = 0; i < panels; i++) {
-            const T* from = b + i * PANEL * s.b_column + k * s.b_step;
-            F* panel = to + i * size + k / IN * PANEL;
-            const long wide = smaller(PANEL, s.columns - i * PANEL);
-            if (s.b_column == 1) pack_steps(panel, Matrix<T>{from, s.b_step, steps, wide}, up(steps, 2), PANEL);
-            else pack_turned(panel, Matrix<T>{from, s.b_column, wide, steps}, PANEL, up(steps, WIDTH));
+    // b is laid out in panels of [step][column], 0 beyond its end, in parts that are read as they lie in memory: a few steps of all
+    // panels, or a whole panel.
+    long parts_of_b() const { return s.b_column == 1 ? (s.steps + STEPS - 1) / STEPS : panels; }
+    void pack_b(F* to, long part) const {
+        if (s.b_column == 1) {
+            const long k = part * STEPS, steps = smaller(STEPS, s.steps - k);
+            for (long i = 0; i < panels; i++) {
+                const Matrix<T> from{b + i * PANEL + k * s.b_step, s.b_step, steps, s.columns - i * PANEL};
+                pack_steps(to + i * size + k / IN * PANEL, from, up(steps, 2), PANEL);
+            }
+        } else {
+            const Matrix<T> from{b + part * PANEL * s.b_column, s.b_column, s.columns - part * PANEL, s.steps};
+            pack_turned<PANEL>(to + part * size, from, up(s.steps, WIDTH));
         }
+    }
+
+    // Where the blocks of rows begin that threads take one after another, and the last one ends. They become ever smaller, since in
+    // the end all threads wait for the last one.
+    std::vector<long> block_rows() const {
+        std::vector<long> begins = {0};
+        const long least = smaller(LEAST_ROWS, (s.rows + s.threads - 1) / s.threads);
+        for (long left = s.rows; left > 0; left = s.rows - begins.back())
+            begins.push_back(begins.back() + smaller(left, up(std::clamp(left / s.threads, least, MOST_ROWS), TILE)));
+        return begins;
     }
 
     // c (+)= rows [r0, r0 + rows) of a, steps [k, k + steps), times b's. `packed_a` holds so much of a.
@@ -51,22 +69,20 @@ template <class T> struct Product {
     }
 
     void multiply() const {
-        const long blocks = (s.rows + ROWS * s.threads - 1) / (ROWS * s.threads) * s.threads;  // as many for each thread
-        const auto first_row = [&](long block) { return block == blocks ? s.rows : block * s.rows / blocks / TILE * TILE; };
-        const long most = s.rows / blocks + 2 * TILE;
+        const auto begins = block_rows();
+        const long blocks = begins.size() - 1;
         const bool direct = std::is_same_v<T, float> && s.columns % WIDTH == 0;
         const long row = direct ? s.columns : panels * PANEL;
         auto packed = buffer<F>(panels * size);
 #pragma omp parallel num_threads(s.threads)
         {
-            auto packed_a = buffer<F>((most / TILE + 1) * tile_size<F>(PART));
-            auto block_sums = buffer<float>(direct ? 0 : most * row);
-#pragma omp for schedule(static)
-            for (long k = 0; k < s.steps; k += STEPS) pack_b(packed.get(), k, smaller(STEPS, s.steps - k));
+            auto packed_a = buffer<F>((MOST_ROWS / TILE + 1) * tile_size<F>(PART));
+            auto block_sums = buffer<float>(direct ? 0 : (MOST_ROWS + TILE) * row);
+#pragma omp for schedule(dynamic)
+            for (long part = 0; part < parts_of_b(); part++) pack_b(packed.get(), part);
 #pragma omp for schedule(dynamic)
             for (long block = 0; block < blocks; block++) {
-                const long r0 = first_row(block), rows = first_row(block + 1) - r0;
-                if (rows == 0) continue;  // fewer tiles than threads
+                const long r0 = begins[block], rows = begins[block + 1] - r0;
                 float* sums = direct ? (float*)c + r0 * row : block_sums.get();
                 for (long k = 0; k < s.steps; k += PART)
                     add_part(r0, rows, k, smaller(PART, s.steps - k), packed.get(), packed_a.get(), sums, row);

@@ -129,7 +129,7 @@ template <class F, class T> struct Job {
 
     // Block `b` of tokens, at `place` among those of a task: packed, and its sums begun.
     template <bool LARGEST_ONLY> void begin_block(const Room& room, long b, long place) {
-        pack_turned(turned_block(room, place), hiddens(b * TOKENS), TOKENS, even_wide());
+        pack_turned<TOKENS>(turned_block(room, place), hiddens(b * TOKENS), even_wide());
         for (long n = b * TOKENS; n < (b + 1) * TOKENS; n++) {
             if (LARGEST_ONLY) shift[n] = -INFINITY;
             else total[n] = 0;
