@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -70,11 +71,11 @@ class Judge:
     @classmethod
     def of(cls, limits: BadSteps, state: Mapping[str, Any]) -> Judge:
         """As it was when a checkpoint's state was written; a new one where there is none."""
-        return cls(limits, **state.get("bad_steps", {}))
+        return cls(limits, **deepcopy(state.get("bad_steps", {})))
 
     def recorded(self) -> dict[str, Any]:
-        """Itself, but for the limits, as plain data for a checkpoint's state."""
-        return {key: value for key, value in vars(self).items() if key != "limits"}
+        """Itself, but for the limits, as plain data for a checkpoint's state, which is written while the next steps are taken."""
+        return deepcopy({key: value for key, value in vars(self).items() if key != "limits"})
 
     def enter(self, phase: int) -> None:
         """Tells in which phase (its first sample) the next step is: other data have another loss, so the means begin anew."""

@@ -87,6 +87,18 @@ def test_what_is_left_out_is_counted_once():
     assert not judge.may_roll_back()
 
 
+def test_what_was_recorded_stays_as_it_was():
+    """A checkpoint is written while the next steps are taken: what they leave out must get neither into it nor into one read."""
+    judge = Judge(BadSteps())
+    judge.left(8, 16)
+    recorded = judge.recorded()
+    before = json.dumps(recorded)
+    judge.left(16, 24)
+    judge.left(40, 48)
+    Judge.of(BadSteps(), {"bad_steps": recorded}).left(64, 72)
+    assert json.dumps(recorded) == before
+
+
 # ---- runs
 
 
