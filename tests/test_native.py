@@ -46,9 +46,9 @@ from megaspark.kernels.linear_cross_entropy import linear_cross_entropy, linear_
 # token's gradient for all; sums begun with what was there. Linear layers: parts of a sum that overwrite, or add to what was
 # there; the first tile for all; the first part of a panel for all; a block's last row not packed, or not multiplied; columns
 # beyond the last whole vector stored; steps beyond the end; the last block's rows forgotten; a thread without rows. Tiles: the
-# wrong rows exchanged; the first row for all; no room for what the last store leaves behind;
-# rows and numbers beyond the end read; a line of memory half packed; blocks of no rows, for ever. What survived changes no
-# result: the sums of rows that are padding, 1e-38 in place of 0, a NaN of rare bits.
+# wrong rows exchanged; the first row for all; no room for what the last store leaves behind; rows and numbers beyond the end
+# read; a line of memory half packed; blocks of no rows, for ever. What survived changes no result: the sums of rows that are
+# padding, 1e-38 in place of 0, a NaN of rare bits.
 DTYPES = [torch.float32, torch.bfloat16]
 HEADS = (partial(linear_cross_entropy, backend="native"), linear_cross_entropy_reference)
 # What -march=native may mean elsewhere: vectors of 16 numbers without products of bf16, of 8, and of 4.
@@ -80,6 +80,17 @@ def threads(count: int) -> Iterator[None]:
 def starts_of(S: int, cuts: list[int]) -> Tensor:
     """The first key that each query sees, [1, S] int32, where documents begin at 0 and at the cuts."""
     return torch.tensor([[max(c for c in (0, *cuts) if c <= m) for m in range(S)]], dtype=torch.int32)
+
+
+def before_a_forbidden_page(x: Tensor) -> Tensor:
+    """A copy that wants a gradient, of which the last byte is the last of its page, and the next page must not be touched."""
+    page, used = mmap.PAGESIZE, x.numel() * x.element_size()
+    room = -(-used // page) * page
+    memory = mmap.mmap(-1, room + page)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    assert ctypes.CDLL(None, use_errno=True).mprotect(ctypes.c_void_p(address + room), ctypes.c_size_t(page), 0) == 0
+    copy = torch.frombuffer(memory, dtype=x.dtype, count=x.numel(), offset=room - used).view(x.shape)
+    return copy.copy_(x).requires_grad_()
 
 
 def check_attention(S: int, heads: int, kv_heads: int, D: int, dtype: torch.dtype, seen: Any = None, scale: float | None = None,
@@ -249,25 +260,14 @@ def test_linear_at_the_edges_of_blocks(compiled_for, tokens, wide, out, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_nothing_beyond_a_tensors_end_is_read(dtype):
     """What is multiplied and dropped must not be read either: the page behind a tensor may be nobody's, and the process dies."""
-    lengths = {"x": (13, 27), "weight": (37, 27), "q": (1, 13, 2, 27), "k": (1, 13, 2, 27), "v": (1, 13, 2, 27)}
-    inputs = {name: before_a_forbidden_page(normal(*shape).to(dtype)) for name, shape in lengths.items()}
+    shapes = {"x": (13, 27), "weight": (37, 27), "q": (1, 13, 2, 27), "k": (1, 13, 2, 27), "v": (1, 13, 2, 27)}
+    inputs = {name: before_a_forbidden_page(normal(*shape).to(dtype)) for name, shape in shapes.items()}
     x, weight = inputs["x"], inputs["weight"]
     linear(x, weight, backend="native").backward(before_a_forbidden_page(normal(13, 37).to(dtype)))
     linear_cross_entropy(x, weight, torch.arange(13), backend="native").sum().backward()
     out = attention(inputs["q"], inputs["k"], inputs["v"], backend="native")
     out.backward(before_a_forbidden_page(normal(1, 13, 2, 27).to(dtype)))
     assert all(tensor.grad.isfinite().all() for tensor in inputs.values())
-
-
-def before_a_forbidden_page(x: Tensor) -> Tensor:
-    """A copy that wants a gradient, of which the last byte is the last of its page, and the next page must not be touched."""
-    page, used = mmap.PAGESIZE, x.numel() * x.element_size()
-    room = -(-used // page) * page
-    memory = mmap.mmap(-1, room + page)
-    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-    assert ctypes.CDLL(None, use_errno=True).mprotect(ctypes.c_void_p(address + room), ctypes.c_size_t(page), 0) == 0
-    copy = torch.frombuffer(memory, dtype=x.dtype, count=x.numel(), offset=room - used).view(x.shape)
-    return copy.copy_(x).requires_grad_()
 
 
 def test_linear_takes_what_lies_anyhow():

@@ -79,13 +79,14 @@ template <class F, class T> void pack_steps(F* to, const Matrix<T>& m, long rows
 // x[r][c] becomes x[c][r]: first in groups of 4 lanes, where each step is one instruction, then the groups.
 inline void turn(vec (&x)[WIDTH]) {
     const ivec lane = counted(), group = lane & ~3, i = lane & 3;
-    const ivec single = group + (i >> 1) + (i & 1) * WIDTH, twice = group + (i & 1) + (i >> 1) * WIDTH;
+    // The lanes of two vectors that are taken in turns: one of each, or two of each.
+    const ivec ones = group + (i >> 1) + (i & 1) * WIDTH, twos = group + (i & 1) + (i >> 1) * WIDTH;
 #pragma GCC unroll 4
     for (int r = 0; r < WIDTH; r += 4) {
-        const vec low_a = __builtin_shuffle(x[r], x[r + 1], single), high_a = __builtin_shuffle(x[r], x[r + 1], single + 2);
-        const vec low_b = __builtin_shuffle(x[r + 2], x[r + 3], single), high_b = __builtin_shuffle(x[r + 2], x[r + 3], single + 2);
-        x[r] = __builtin_shuffle(low_a, low_b, twice), x[r + 1] = __builtin_shuffle(low_a, low_b, twice + 2);
-        x[r + 2] = __builtin_shuffle(high_a, high_b, twice), x[r + 3] = __builtin_shuffle(high_a, high_b, twice + 2);
+        const vec low_a = __builtin_shuffle(x[r], x[r + 1], ones), high_a = __builtin_shuffle(x[r], x[r + 1], ones + 2);
+        const vec low_b = __builtin_shuffle(x[r + 2], x[r + 3], ones), high_b = __builtin_shuffle(x[r + 2], x[r + 3], ones + 2);
+        x[r] = __builtin_shuffle(low_a, low_b, twos), x[r + 1] = __builtin_shuffle(low_a, low_b, twos + 2);
+        x[r + 2] = __builtin_shuffle(high_a, high_b, twos), x[r + 3] = __builtin_shuffle(high_a, high_b, twos + 2);
     }
 #pragma GCC unroll 2
     for (int apart = 4; apart < WIDTH; apart *= 2) {
@@ -117,7 +118,7 @@ template <bool WHOLE, class F, class T> inline vec factors_at(const Matrix<T>& m
 // If rows are no whole vectors, what is stored beyond a number's last row is overwritten by the next number, or is padding.
 template <int ROWS, class F, class T> void pack_turned(F* to, const Matrix<T>& m, long wide) {
     constexpr int P = IN_FACTOR<F>, TOGETHER = ROWS < WIDTH ? ROWS : WIDTH;
-    constexpr long LINE = up(64 / sizeof(T) / P, WIDTH);  // steps in a line of memory, all taken while a cache has it
+    constexpr long LINE = up(LINE_BYTES / sizeof(T) / P, WIDTH);  // steps in a line of memory, all taken while a cache has it
     static_assert(ROWS % TOGETHER == 0);
     const long steps = wide / P;
     const auto turned = [&](auto whole, long n, long k) __attribute__((always_inline)) {
@@ -149,7 +150,7 @@ template <class F, class T> void pack_turned_tiles(F* to, const Matrix<T>& m, lo
 // which the next one overwrites in part: after the last there is padding.
 template <class F, class T> void pack_tiles(F* to, const Matrix<T>& m, long dim, long size) {
     for (long n = 0; n < m.present; n += 2) {
-        for (long c = 0; c < dim; c += 64 / sizeof(T)) m.fetch(n + 8, c), m.fetch(n + 9, c);
+        for (long c = 0; c < dim; c += LINE_BYTES / sizeof(T)) m.fetch(n + 8, c), m.fetch(n + 9, c);
         F* place = to + n / IN_FACTOR<F> * TILE;
         const auto copy = [&](auto whole, long c) {
             constexpr bool WHOLE = decltype(whole)::value;

@@ -10,7 +10,8 @@
 namespace {
 
 constexpr int PANEL = MOST_VECTORS * WIDTH;
-constexpr long MOST_ROWS = 240, LEAST_ROWS = 96;  // of a at a time
+constexpr long MOST_ROWS = 240, LEAST_ROWS = 96;  // of a at a time, as measured (docs/LOG.md)
+static_assert(MOST_ROWS % TILE == 0);
 constexpr long STEPS = 16;  // of b that are laid out at a time: few enough to be read as they lie in memory
 
 struct Shape {
@@ -28,8 +29,8 @@ template <class T> struct Product {
     T* c;
     long panels = (s.columns + PANEL - 1) / PANEL, size = up(s.steps, WIDTH) / IN * PANEL;  // of one panel, in factors
 
-    // b is laid out in panels of [step][column], 0 beyond its end, in parts that are read as they lie in memory: a few steps of all
-    // panels, or a whole panel.
+    // b in panels of [step][column], 0 beyond its end, by parts that are read as they lie in memory: a few steps of all panels, or
+    // a whole panel.
     long parts_of_b() const { return s.b_column == 1 ? (s.steps + STEPS - 1) / STEPS : panels; }
     void pack_b(F* to, long part) const {
         if (s.b_column == 1) {
@@ -76,8 +77,8 @@ template <class T> struct Product {
         auto packed = buffer<F>(panels * size);
 #pragma omp parallel num_threads(s.threads)
         {
-            auto packed_a = buffer<F>((MOST_ROWS / TILE + 1) * tile_size<F>(PART));
-            auto block_sums = buffer<float>(direct ? 0 : (MOST_ROWS + TILE) * row);
+            auto packed_a = buffer<F>(MOST_ROWS / TILE * tile_size<F>(PART));
+            auto block_sums = buffer<float>(direct ? 0 : MOST_ROWS * row);
 #pragma omp for schedule(dynamic)
             for (long part = 0; part < parts_of_b(); part++) pack_b(packed.get(), part);
 #pragma omp for schedule(dynamic)

@@ -98,16 +98,18 @@ inline void last_tile(int rows, const Factor* a, const Factor* b, B b_step, floa
     else if constexpr (ROWS > 1) last_tile<ROWS - 1, VECTORS, A>(rows, a, b, b_step, c, c_row, steps, add);
 }
 
+constexpr long LINE_BYTES = 64;  // what a cache fetches at once
+
 // Memory that is wanted next: fetched into the second cache little by little, while products are made.
 struct Ahead {
     const char *at = nullptr, *end = nullptr;
     long lines = 0;  // at a time
     Ahead() = default;
     template <class T> Ahead(const T* from, long count, long times) : at((const char*)from), end((const char*)(from + count)) {
-        lines = (end - at + 64 * times - 1) / (64 * times);
+        lines = (end - at + LINE_BYTES * times - 1) / (LINE_BYTES * times);
     }
     void fetch() {
-        for (long i = 0; i < lines && at < end; i++, at += 64) __builtin_prefetch(at, 0, 2);
+        for (long i = 0; i < lines && at < end; i++, at += LINE_BYTES) __builtin_prefetch(at, 0, 2);
     }
 };
 
