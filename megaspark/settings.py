@@ -133,7 +133,8 @@ def find(path: str | Path, beside: Path | None = None) -> Path:
     for candidate in [*places, Path(path), shipped / path]:
         if candidate.is_file():
             return candidate
-    names = sorted(p.name for p in shipped.glob(f"*{Path(path).suffix or '.yaml'}"))
+    suffix = Path(path).suffix
+    names = [p.name for p in shipped.glob("*.*") if p.suffix == suffix] or [p.name for p in shipped.glob("*.yaml")]
     raise UserError(f"no such file: {path} (looked here and in {shipped}){nearest(Path(path).name, names)}")
 
 

@@ -212,6 +212,9 @@ def test_missing_key_and_missing_file(tmp_path):
     assert "no such file" in message and "zero1.jsn" in message
     with pytest.raises(UserError, match=r"did you mean zero1\.json"):
         settings.find("zreo1.json")
+    for wrong in ("llama-demo.yml", "llama-demo"):  # an ending of which nothing is shipped, or none
+        with pytest.raises(UserError, match=r"did you mean llama-demo\.yaml"):
+            settings.find(wrong)
 
 
 @pytest.mark.parametrize(
