@@ -113,16 +113,21 @@ def processors(device: torch.device) -> int:
     return triton.runtime.driver.active.utils.get_device_properties(device.index or 0)["multiprocessor_count"]
 
 
-def row_tiles(rows: int, width: int, tile: int, per_processor: int, device: torch.device) -> tuple[int, dict[str, int]]:
-    """How a kernel that keeps whole rows in registers goes over them: (programs, {ROWS, BLOCK}).
+def row_tiles(rows: int, width: int, config: dict[str, int], device: torch.device) -> tuple[int, dict[str, int]]:
+    """How a kernel that keeps whole rows in registers goes over them: (programs, its other constants with ROWS and BLOCK).
 
-    A program takes ROWS rows of `width` padded to BLOCK, about `tile` elements, at a time, and at most `per_processor` programs
-    a multiprocessor share all rows: what is read or written once a program (weights, partial sums) stays small beside the rows.
+    A program takes ROWS rows of `width` padded to BLOCK, about TILE elements, at a time, and at most PER_PROCESSOR programs a
+    multiprocessor share all rows; fewer, but one, where that left a program less than LEAST_ROWS (1). What is read or written
+    once a program (weights, partial sums) so stays small beside the rows.
     """
+    options = dict(config)
     block = triton.next_power_of_2(width)
-    rows_at_once = max(1, tile // block)
-    programs = min(per_processor * processors(device), triton.cdiv(rows, rows_at_once))
-    return programs, {"ROWS": rows_at_once, "BLOCK": block}
+    rows_at_once = max(1, options.pop("TILE") // block)
+    enough = rows // (processors(device) * options.pop("LEAST_ROWS", 1))
+    most = processors(device) * max(1, min(options.pop("PER_PROCESSOR"), enough))
+    turns = triton.cdiv(triton.cdiv(rows, rows_at_once), most)
+    programs = triton.cdiv(rows, rows_at_once * turns)  # no more than go over all rows in as many turns
+    return programs, {"ROWS": rows_at_once, "BLOCK": block, **options}
 
 
 @functools.cache

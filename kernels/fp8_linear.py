@@ -240,12 +240,11 @@ def _quantize_triton(x_MK: Tensor, straight: Quantized, transposed: Quantized, b
     (M, K), rows, columns = x_MK.shape, straight.values_MK.numel() > 0, transposed.values_MK.numel() > 0
     top = TOP[(straight if rows else transposed).values_MK.dtype]
     if by_row and rows:
-        config = dict(CONFIGS["_cast_rows_kernel"][0])
-        programs, tiles = row_tiles(M, K, config.pop("TILE"), config.pop("PER_PROCESSOR"), x_MK.device)
-        if tiles["BLOCK"] > 16384:  # the registers hold one row and the maxima: the next row has no place beside them
-            config["STAGES"] = 1
+        programs, options = row_tiles(M, K, CONFIGS["_cast_rows_kernel"][0], x_MK.device)
+        if options["BLOCK"] > 16384:  # the registers hold one row and the maxima: the next row has no place beside them
+            options["STAGES"] = 1
         maxima_PK = torch.empty((programs, K) if columns else 0, dtype=x_MK.dtype, device=x_MK.device)
-        _cast_rows_kernel[(programs,)](x_MK, *straight, maxima_PK, M, K, TOP=top, MAXIMA=columns, **tiles, **config)
+        _cast_rows_kernel[(programs,)](x_MK, *straight, maxima_PK, M, K, TOP=top, MAXIMA=columns, **options)
         if not columns:
             return
         low = high = maxima_PK.amax(0)

@@ -14,7 +14,7 @@ from megaspark.kernels.cases import Case, Inputs
 from megaspark.kernels.dispatch import kernel, launcher, only_shapes, row_tiles
 
 CONFIGS: dict[str, list[dict[str, int]]] = {
-    "_forward_kernel": [{"TILE": 8192, "PER_PROCESSOR": 2, "STAGES": 2, "num_warps": 16}],
+    "_forward_kernel": [{"TILE": 8192, "PER_PROCESSOR": 2, "LEAST_ROWS": 20, "STAGES": 3, "num_warps": 16}],
     "_backward_kernel": [{"TILE": 8192, "PER_PROCESSOR": 1, "STAGES": 2, "num_warps": 16}],
 }
 
@@ -68,12 +68,11 @@ def _forward(
     if only_shapes(x_E) or not x_E.numel():
         return out_E, total_E, moments_2N
     residual_NE = x_NE if residual_E is None else _rows(residual_E)
-    config = dict(CONFIGS["_forward_kernel"][0])
-    programs, tiles = row_tiles(*x_NE.shape, config.pop("TILE"), config.pop("PER_PROCESSOR"), x_E.device)
+    programs, options = row_tiles(*x_NE.shape, CONFIGS["_forward_kernel"][0], x_E.device)
     _forward_kernel[(programs,)](
         x_NE, residual_NE, weight_E.contiguous(), bias_E.contiguous(), out_E, total_E, moments_2N,
         x_NE.stride(0), residual_NE.stride(0), x_NE.shape[0], eps,
-        E=x_NE.shape[1], HAS_RESIDUAL=residual_E is not None, **tiles, **config,
+        E=x_NE.shape[1], HAS_RESIDUAL=residual_E is not None, **options,
     )  # fmt: skip
     return out_E, total_E, moments_2N
 
@@ -92,13 +91,12 @@ def _backward(
         return grad_x_E, grad_weight_E.zero_(), grad_bias_E.zero_()
     grad_NE = _rows(grad_E)
     grad_total_NE = grad_NE if grad_total_E is None else _rows(grad_total_E)
-    config = dict(CONFIGS["_backward_kernel"][0])
-    programs, tiles = row_tiles(*x_NE.shape, config.pop("TILE"), config.pop("PER_PROCESSOR"), x_E.device)
+    programs, options = row_tiles(*x_NE.shape, CONFIGS["_backward_kernel"][0], x_E.device)
     partial_P2E = torch.empty(programs, 2, x_NE.shape[1], dtype=torch.float32, device=x_E.device)
     _backward_kernel[(programs,)](
         grad_NE, grad_total_NE, x_NE, weight_E.contiguous(), moments_2N, grad_x_E, partial_P2E,
         grad_NE.stride(0), grad_total_NE.stride(0), x_NE.stride(0), x_NE.shape[0],
-        E=x_NE.shape[1], HAS_TOTAL=grad_total_E is not None, **tiles, **config,
+        E=x_NE.shape[1], HAS_TOTAL=grad_total_E is not None, **options,
     )  # fmt: skip
     sums_2E = partial_P2E.sum(0)
     return grad_x_E, grad_weight_E.copy_(sums_2E[0]), grad_bias_E.copy_(sums_2E[1])

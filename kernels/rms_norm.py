@@ -64,12 +64,11 @@ def _forward(x_E: Tensor, residual_E: Tensor | None, weight_E: Tensor, eps: floa
     if only_shapes(x_E) or not x_E.numel():
         return out_E, total_E, scale_N
     residual_NE = x_NE if residual_E is None else _rows(residual_E)
-    config = dict(CONFIGS["_forward_kernel"][0])
-    programs, tiles = row_tiles(*x_NE.shape, config.pop("TILE"), config.pop("PER_PROCESSOR"), x_E.device)
+    programs, options = row_tiles(*x_NE.shape, CONFIGS["_forward_kernel"][0], x_E.device)
     _forward_kernel[(programs,)](
         x_NE, residual_NE, weight_E.contiguous(), out_E, total_E, scale_N,
         x_NE.stride(0), residual_NE.stride(0), x_NE.shape[0], eps,
-        E=x_NE.shape[1], HAS_RESIDUAL=residual_E is not None, **tiles, **config,
+        E=x_NE.shape[1], HAS_RESIDUAL=residual_E is not None, **options,
     )  # fmt: skip
     return out_E, total_E, scale_N
 
@@ -87,13 +86,12 @@ def _backward(
         return grad_x_E, grad_weight_E.zero_()
     grad_NE = _rows(grad_E)
     grad_total_NE = grad_NE if grad_total_E is None else _rows(grad_total_E)
-    config = dict(CONFIGS["_backward_kernel"][0])
-    programs, tiles = row_tiles(*x_NE.shape, config.pop("TILE"), config.pop("PER_PROCESSOR"), x_E.device)
+    programs, options = row_tiles(*x_NE.shape, CONFIGS["_backward_kernel"][0], x_E.device)
     partial_PE = torch.empty(programs, x_NE.shape[1], dtype=torch.float32, device=x_E.device)
     _backward_kernel[(programs,)](
         grad_NE, grad_total_NE, x_NE, weight_E.contiguous(), scale_N, grad_x_E, partial_PE,
         grad_NE.stride(0), grad_total_NE.stride(0), x_NE.stride(0), x_NE.shape[0],
-        E=x_NE.shape[1], HAS_TOTAL=grad_total_E is not None, **tiles, **config,
+        E=x_NE.shape[1], HAS_TOTAL=grad_total_E is not None, **options,
     )  # fmt: skip
     return grad_x_E, grad_weight_E.copy_(partial_PE.sum(0))
 

@@ -9,6 +9,7 @@ Tolerances: an op of k roundings on values of size s errs by at most about k s u
 import inspect
 import math
 from collections.abc import Callable
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from megaspark.kernels import adamw as adamw_module
-from megaspark.kernels import interpreter
+from megaspark.kernels import dispatch, interpreter
 from megaspark.kernels.adamw import Update, adamw, join, split
 from megaspark.kernels.cases import Inputs
 from megaspark.kernels.dispatch import backends, kernel, op_modules
@@ -226,7 +227,22 @@ def test_adamw_compiled_once():
     assert (found[0] - found[1]).abs().max() <= 12 * U32 * found[0].abs().max()
 
 
-# ---- which implementation runs
+# ---- how programs share rows, and which implementation runs
+
+
+@given(st.integers(1, 50_000), st.integers(1, 20_000), st.integers(1, 3), st.integers(1, 40))
+def test_programs_over_rows(rows, width, per_processor, least_rows):
+    """Rows left out or a program without rows; on 132 processors, more programs than asked for, or fewer with as many turns."""
+    config = {"TILE": 8192, "PER_PROCESSOR": per_processor, "LEAST_ROWS": least_rows, "STAGES": 2}
+    with patch.object(dispatch, "processors", return_value=132):
+        programs, options = dispatch.row_tiles(rows, width, config, torch.device("cpu"))
+    assert set(options) == {"ROWS", "BLOCK", "STAGES"} and options["BLOCK"] >= width and "TILE" in config
+    tiles = math.ceil(rows / options["ROWS"])
+    assert 1 <= programs <= min(tiles, per_processor * 132)
+    assert programs <= 132 or rows >= least_rows * 132 * math.ceil(programs / 132)
+    turns = math.ceil(tiles / programs)
+    assert programs == 1 or math.ceil(tiles / (programs - 1)) > turns
+    assert turns == 1 or 2 * programs >= 132
 
 
 def test_dispatch():
