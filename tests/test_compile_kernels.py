@@ -201,8 +201,7 @@ def test_our_small_kernels(op):
         assert violations(record) == [] and record.spilled_bytes == 0 and record.warps_an_sm >= 16, record
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("target", [*TARGETS])
+@pytest.mark.parametrize("target", ["sm_90", *(pytest.param(name, marks=pytest.mark.long) for name in TARGETS if name != "sm_90")])
 def test_every_kernel_on_every_target(target, capfd):
     """A kernel that spills, or that some GPU cannot have at all."""
     status = compile_kernels.main(["--target", target, "--json"])
