@@ -91,11 +91,13 @@ def batches_of(checked: Any, ranks: Any) -> tuple[Any, Any, Any]:
 
     data, run, optim = checked.config.data, checked.config.run, checked.config.optim
     place = checked.layout.place(ranks.rank)
-    samples, eos_id = Samples(checked.train, data.seq, run.seed), next(iter(checked.train.values())).eos_id
+    samples = Samples(checked.train, data.seq, run.seed)
+    eos_id = next(iter(checked.train.values())).eos_id if data.document_mask else None
     train = Batches(samples.__getitem__, eos_id, run.micro_batch, place.data, checked.layout.data_parallel)
     # Three sources of five samples each: half-filled micro-batches of two, and of two processes one has nothing to do at last.
     sources = {**checked.train, "held out": checked.validation["a"]}
-    held_out = Validation(sources, Reading(data.seq, data.seq, run.micro_batch, True, 5), place.data, checked.layout.data_parallel)
+    reading = Reading(data.seq, data.seq, run.micro_batch, data.document_mask, 5)
+    held_out = Validation(sources, reading, place.data, checked.layout.data_parallel)
     return train, held_out, CosineSchedule(optim.lr, optim.min_lr, optim.warmup_steps, run.steps)
 
 
