@@ -108,11 +108,20 @@ def check(tree: Tree, schema: type[SettingsT]) -> SettingsT:
 
 def nearest(wrong: str, choices: Sequence[str]) -> str:
     """The tail of an error message: "; did you mean X?", or the list of choices when nothing is near."""
-    by_last = {choice.rpartition(".")[2]: choice for choice in choices}
-    match = difflib.get_close_matches(wrong, choices, n=1, cutoff=0.6) or [
-        by_last[name] for name in difflib.get_close_matches(wrong.rpartition(".")[2], list(by_last), n=1, cutoff=0.6)
-    ]
-    return f"; did you mean {match[0]}?" if match else f"; known are {', '.join(sorted(choices))}"
+    section = wrong[: wrong.rfind(".") + 1]
+    if not all(choice.startswith(section) for choice in choices):
+        section = ""
+    name = wrong.removeprefix(section)  # a section alike in all must not make anything look near
+    names = {choice.removeprefix(section): choice for choice in choices}
+    match = [known for known in names if _abbreviated(name, known) or sorted(name) == sorted(known)]
+    match = match or difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    return f"; did you mean {names[match[0]]}?" if match else f"; known are {', '.join(sorted(choices))}"
+
+
+def _abbreviated(one: str, other: str) -> bool:
+    """Whether one is made of the other's initials, like `lr` of `learning_rate`."""
+    short, long = sorted((one, other), key=len)
+    return 1 < len(short) < len(long) and short == "".join(word[:1] for word in long.split("_"))
 
 
 def parse_override(text: str) -> tuple[str, Any]:

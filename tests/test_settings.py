@@ -12,7 +12,7 @@ from pydantic import Field
 
 from megaspark import settings
 from megaspark.errors import UserError
-from megaspark.settings import Section, Tree, load, parse_override
+from megaspark.settings import Section, Tree, load, nearest, parse_override
 
 
 class Inner(Section):
@@ -98,6 +98,21 @@ def test_unknown_key_names_itself_its_line_and_the_nearest(tmp_path, text, key, 
     assert f"unknown key {key} " in message and hint in message
     # A misspelled section is placed at the first thing said in it.
     assert f"{path}:{line}" in message
+
+
+@pytest.mark.parametrize(
+    "wrong, choices, hint",
+    [
+        ("optim.learning_rate", ["optim.lr", "optim.min_lr", "optim.eps"], "; did you mean optim.lr?"),
+        ("optim.wd", ["optim.lr", "optim.weight_decay", "optim.w"], "; did you mean optim.weight_decay?"),
+        ("optim.zeal", ["optim.lr", "optim.eps"], "; known are optim.eps, optim.lr"),
+        ("llama-demo.yml", ["demo.yaml", "llama-demo.yaml", "zero1.json"], "; did you mean llama-demo.yaml?"),
+        ("x", ["xylem_y", "count"], "; known are count, xylem_y"),
+    ],
+)
+def test_the_nearest(wrong, choices, hint):
+    """A section's name, alike in all keys, that makes any of them look near; an abbreviation that nothing resembles."""
+    assert nearest(wrong, choices) == hint
 
 
 def test_unknown_key_of_a_base_names_the_base(tmp_path):
