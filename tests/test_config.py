@@ -1,5 +1,6 @@
 """A run's config: what ships loads, what is misspelled or illegal is refused with the way out, and nothing is written."""
 
+import copy
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -78,7 +79,7 @@ def test_every_key_of_a_shipped_config_misspelled_is_refused(name, tmp_path):
         for wrong in misspellings(last):
             if f"{section}.{wrong}".lstrip(".") in valid:
                 continue
-            values = yaml.safe_load(yaml.safe_dump(tree.values))
+            values = copy.deepcopy(tree.values)
             node = values
             for part in filter(None, section.split(".")):
                 node = node[part]
