@@ -5,8 +5,9 @@ The processes run `test_engine.py`; one launch builds many engines in turn.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from itertools import combinations, product
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,9 @@ def apart(losses: list[float], reference: list[float]) -> float:
     return max(abs(a - b) / abs(b) for a, b in zip(losses, reference, strict=True))
 
 
+def off(losses: list[float], truth: list[float]) -> float:
+    """The root mean square of the relative distances: steadier than the largest."""
+    return math.sqrt(sum((a / b - 1) ** 2 for a, b in zip(losses, truth, strict=True)) / len(truth))
 
 
 def compare(launch: Launch, home: Path, config: str, kind: str, world: int, layouts: list[Any], extra: list[str]) -> None:
@@ -68,12 +72,12 @@ def compare(launch: Launch, home: Path, config: str, kind: str, world: int, layo
     one = launch_cases(launch, home / f"{kind}-one", 1, [case(config, home, (1, 1, 1, 0), 1, kind, extra)])
     (reference,) = one.values()
     found = launch_cases(launch, home / f"{kind}-{world}", world, [case(config, home, x, world, kind, extra) for x in layouts])
-    off = {title: apart(result["losses"], reference["losses"]) for title, result in found.items()}
-    print({title: f"{far:.1e}" for title, far in off.items()})
+    distances = {title: apart(result["losses"], reference["losses"]) for title, result in found.items()}
+    print({title: f"{far:.1e}" for title, far in distances.items()})
     for title, result in found.items():
         assert result["pristine"], f"{title}: the first weights are others"
         assert result["read_ahead"] <= 4 * int(title.partition(" p")[2][0]), title  # of the held-out micro-batches, 9 or more
-        assert off[title] < TOLERANCE, (title, off[title])
+        assert distances[title] < TOLERANCE, (title, distances[title])
         # The norm depends on differences of large sums: looser, and yet a copy counted twice is off by far more.
         assert apart(result["norms"], reference["norms"]) < 1e-3, title
         assert abs(result["saved_loss"] - reference["saved_loss"]) < TOLERANCE * reference["saved_loss"], title
@@ -125,20 +129,21 @@ BF16 = ["run.precision=bf16", *CLIPPING]
 @pytest.mark.long
 @pytest.mark.launch
 def test_bf16_is_off_by_no_more_than_its_own_noise(launch: Launch, home: Path, config: str) -> None:
-    """Another sum than in fp32, hidden by rounding: the noise is that of one process which sums its gradients otherwise."""
+    """Another sum than in fp32, hidden by rounding: measured by how far one process in bf16 is from itself in fp32."""
+    exact = launch_cases(launch, home / "exact-one", 1, [case(config, home, (1, 1, 1, 0), 1, "exact", CLIPPING)])
+    (truth,) = (result["losses"] for result in exact.values())
     alone = [case(config, home, (1, 1, 1, 0), 1, f"by {rows}", [*BF16, f"run.micro_batch={rows}"]) for rows in (1, 2, 4, 8)]
     alone += [case(config, home, (1, 1, 1, stage), 1, "alone", BF16) for stage in (1, 2, 3)]
-    runs = {title: result["losses"] for title, result in launch_cases(launch, home / "bf16-one", 1, alone).items()}
-    noise = max(apart(a, b) for a, b in combinations(runs.values(), 2))
-    reference = runs[f"by 2 {name(1, 1, 1, 0, 1)}"]
-    off = {}
+    noise = max(off(result["losses"], truth) for result in launch_cases(launch, home / "bf16-one", 1, alone).values())
+    found = {}
     for world in (2, 4):
         layouts = [layout for layout in legal(world) if layout[1] == 1 or layout[0] > 1 or layout[3] > 0]
-        found = launch_cases(launch, home / f"bf16-{world}", world, [case(config, home, x, world, "bf16", BF16) for x in layouts])
-        off |= {title: apart(result["losses"], reference) for title, result in found.items()}
-    print(f"noise {noise:.1e}", {title: f"{far:.1e}" for title, far in off.items()})
-    # Seen: all within 1.0 of it. Both are the largest of some differences, so one is not always below the other.
-    assert all(far < 2 * noise for far in off.values()), (noise, off)
+        cases = [case(config, home, x, world, "bf16", BF16) for x in layouts]
+        runs = launch_cases(launch, home / f"bf16-{world}", world, cases)
+        found |= {title: off(result["losses"], truth) for title, result in runs.items()}
+    print(f"noise {noise:.1e}", {title: f"{far:.1e}" for title, far in found.items()})
+    # What one process rounds once, a tensor group of four rounds as four parts and three sums: sqrt(7) of the noise, at most.
+    assert all(far < 3 * noise for far in found.values()), (noise, found)
 
 
 # ---- resume
