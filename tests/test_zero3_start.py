@@ -11,6 +11,7 @@ import os
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 from test_footprints import LARGE, SMALL, model_overrides
@@ -46,22 +47,23 @@ def worker(cases_file: Path, results_file: Path) -> None:
 
 def measure(case: dict[str, Any], ranks: Any) -> dict[str, Any]:
     """Bytes that the largest process held above what it held before, at their most: making the weights, and all of the engine."""
+    from megaspark import placements
     from megaspark.config import check_run, load_config
     from megaspark.engine import Engine
 
-    found = {}
+    found, place_model = {}, placements.place_model
 
-    class Watched(Engine):
-        def _model(self, *arguments: Any) -> Any:
-            model = super()._model(*arguments)
-            found["weights"], found["weights_rest"] = resident("VmHWM") - before, resident("VmRSS") - before
-            return model
+    def watched(*arguments: Any) -> Any:
+        model = place_model(*arguments)
+        found["weights"], found["weights_rest"] = resident("VmHWM") - before, resident("VmRSS") - before
+        return model
 
     checked = check_run(*load_config(case["config"], case["overrides"]), ranks.world)
     gc.collect()
     before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from now on, see proc(5)
-    engine = Watched(checked, ranks)
+    with patch.object(placements, "place_model", watched):
+        engine = Engine(checked, ranks)
     found["engine"], found["engine_rest"] = resident("VmHWM") - before, resident("VmRSS") - before
     held = sum(parameter.ds_tensor.ds_numel for parameter in engine.deepspeed.module.parameters())
     everybody = engine.gather(found)
