@@ -14,6 +14,7 @@ from megaspark.kernels.cases import Case, Inputs
 from megaspark.kernels.dispatch import kernel, launcher, only_shapes, row_tiles
 
 CONFIGS: dict[str, list[dict[str, int]]] = {
+    # A program reads weight and bias, as many bytes as one row's input and output: with 20 rows each that is 1/20 at most.
     "_forward_kernel": [{"TILE": 8192, "PER_PROCESSOR": 2, "LEAST_ROWS": 20, "STAGES": 3, "num_warps": 16}],
     "_backward_kernel": [{"TILE": 8192, "PER_PROCESSOR": 1, "STAGES": 2, "num_warps": 16}],
 }
